@@ -1,0 +1,264 @@
+#include "bind_arguments.hpp"
+
+#include <pybind11/numpy.h>
+
+#include <cmath>
+
+namespace meshring {
+
+namespace {
+
+using Proxy = py::detail::PyArray_Proxy;
+constexpr int kContiguous = 0x0001;
+constexpr int kWriteable = 0x0400;
+
+PyObject* ndarray_type = nullptr;
+PyObject* numpy_empty = nullptr;
+PyObject* numpy_dtype = nullptr;
+PyObject* descriptors[kDTypeCount] = {};  // dtype singletons; ml_dtypes' on demand
+
+bool is_ml_dtype(int i) {
+  const auto t = static_cast<DType>(i);
+  return t == DType::bfloat16 || t == DType::float8_e4m3fn || t == DType::float8_e5m2;
+}
+
+// ml_dtypes is never imported for the user, but its types are known once somebody did.
+void learn_ml_dtypes(bool import) {
+  PyObject* modules = PyImport_GetModuleDict();
+  PyObject* module = PyDict_GetItemString(modules, "ml_dtypes");
+  if (!module && !import) return;
+  const py::object ml = py::module_::import("ml_dtypes");
+  for (int i = 0; i < kDTypeCount; ++i)
+    if (is_ml_dtype(i) && !descriptors[i])
+      descriptors[i] = py::reinterpret_borrow<py::object>(numpy_dtype)(
+                           ml.attr(name_of(static_cast<DType>(i)))).release().ptr();
+}
+
+std::optional<DType> find(PyObject* descriptor) {
+  for (int i = 0; i < kDTypeCount; ++i)
+    if (descriptors[i] == descriptor) return static_cast<DType>(i);
+  learn_ml_dtypes(false);
+  for (int i = 0; i < kDTypeCount; ++i) {
+    if (!descriptors[i]) continue;
+    const int equal = PyObject_RichCompareBool(descriptors[i], descriptor, Py_EQ);
+    if (equal < 0) PyErr_Clear();
+    if (equal > 0) return static_cast<DType>(i);
+  }
+  return std::nullopt;
+}
+
+std::string str_of(PyObject* object) { return py::cast<std::string>(py::str(py::handle(object))); }
+
+[[noreturn]] void refuse_dtype(PyObject* descriptor, const char* argument) {
+  std::string fix = "convert it with .astype()";
+  if (py::hasattr(descriptor, "byteorder") &&
+      py::cast<std::string>(py::handle(descriptor).attr("byteorder")) == ">")
+    fix = "convert it to native byte order, x.astype(x.dtype.newbyteorder('='))";
+  usage(std::string("argument '") + argument + "' has dtype " + str_of(descriptor) +
+        "; bool, int8 to int64, uint8 to uint64, float16/32/64, complex64/128, bfloat16, "
+        "float8_e4m3fn and float8_e5m2 can be sent: " + fix);
+}
+
+void read_numpy(PyObject* object, const char* argument, Array& a, int* flags) {
+  const auto* proxy = reinterpret_cast<const Proxy*>(object);
+  a.object = py::reinterpret_borrow<py::object>(object);
+  a.data = proxy->data;
+  a.ndim = proxy->nd;
+  a.shape = proxy->dimensions;
+  const std::optional<DType> dtype = find(proxy->descr);
+  if (!dtype) refuse_dtype(proxy->descr, argument);
+  a.dtype = *dtype;
+  a.count = 1;
+  for (int i = 0; i < a.ndim; ++i) a.count *= a.shape[i];
+  *flags = proxy->flags;
+}
+
+// Anything that is not exactly an ndarray goes through Python once.
+py::object coerced(PyObject* object, const char* argument) {
+  static PyObject* as_array =
+      py::object(py::module_::import("meshring._arrays").attr("as_array")).release().ptr();
+  py::object result = py::reinterpret_steal<py::object>(PyObject_CallFunction(as_array, "Os", object, argument));
+  if (!result) throw py::error_already_set();
+  if (py::isinstance<py::str>(result)) usage(py::cast<std::string>(result));
+  return result;
+}
+
+Array read_any(PyObject* object, const char* argument, int* flags) {
+  Array a;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == ndarray_type) {
+    read_numpy(object, argument, a, flags);
+  } else {
+    const py::object array = coerced(object, argument);
+    read_numpy(array.ptr(), argument, a, flags);
+  }
+  a.original = py::reinterpret_borrow<py::object>(object);
+  return a;
+}
+
+}  // namespace
+
+void init_arrays() {
+  const py::module_ numpy = py::module_::import("numpy");
+  ndarray_type = py::object(numpy.attr("ndarray")).release().ptr();
+  numpy_empty = py::object(numpy.attr("empty")).release().ptr();
+  numpy_dtype = py::object(numpy.attr("dtype")).release().ptr();
+  for (int i = 0; i < kDTypeCount; ++i)
+    if (!is_ml_dtype(i))
+      descriptors[i] = py::object(numpy.attr("dtype")(name_of(static_cast<DType>(i)))).release().ptr();
+}
+
+Array read_input(PyObject* object, const char* argument) {
+  int flags = 0;
+  Array a = read_any(object, argument, &flags);
+  if (!(flags & kContiguous)) {
+    const py::object packed = a.object.attr("copy")("C");
+    py::object original = a.original;
+    read_numpy(packed.ptr(), argument, a, &flags);
+    a.original = original;
+    a.packed = a.bytes();
+  }
+  return a;
+}
+
+Array read_output(PyObject* object, const char* argument) {
+  int flags = 0;
+  Array a = read_any(object, argument, &flags);
+  const std::string name = std::string("argument '") + argument + "'";
+  if (!(flags & kWriteable))
+    usage(name + " is read-only and would be written; give a copy, x.copy()");
+  if (!(flags & kContiguous))
+    usage(name + " is not C-contiguous (shape " + shape_text(a.ndim, a.shape) +
+          ") and would be written; give a contiguous array, numpy.ascontiguousarray(x), or, where "
+          "the operation has one, a contiguous out=");
+  return a;
+}
+
+py::object new_array(int ndim, const Py_ssize_t* shape, DType dtype) {
+  PyObject*& descriptor = descriptors[static_cast<size_t>(dtype)];
+  if (!descriptor) learn_ml_dtypes(true);
+  py::tuple dims(ndim);
+  for (int i = 0; i < ndim; ++i) dims[static_cast<size_t>(i)] = shape[i];
+  PyObject* args[2] = {dims.ptr(), descriptor};
+  PyObject* array = PyObject_Vectorcall(numpy_empty, args, 2, nullptr);
+  if (!array) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(array);
+}
+
+DType dtype_of(PyObject* anything, const char* argument) {
+  if (PyUnicode_Check(anything)) {
+    const std::string name = py::cast<std::string>(py::handle(anything));
+    for (int i = 0; i < kDTypeCount; ++i)
+      if (is_ml_dtype(i) && name == name_of(static_cast<DType>(i))) {
+        learn_ml_dtypes(true);
+        return static_cast<DType>(i);
+      }
+  }
+  PyObject* descriptor = PyObject_CallOneArg(numpy_dtype, anything);
+  if (!descriptor) throw py::error_already_set();
+  const py::object owner = py::reinterpret_steal<py::object>(descriptor);
+  const std::optional<DType> found = find(descriptor);
+  if (!found) refuse_dtype(descriptor, argument);
+  return *found;
+}
+
+std::string repr_of(PyObject* object) {
+  return py::cast<std::string>(py::repr(py::handle(object)));
+}
+
+std::string shape_text(int ndim, const Py_ssize_t* shape) {
+  std::string s = "(";
+  for (int i = 0; i < ndim; ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + (ndim == 1 ? ",)" : ")");
+}
+
+// ---- reading arguments ----------------------------------------------------------------------
+
+void parse(Parameters& p, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames,
+           PyObject** values) {
+  if (nargs > p.positional) {
+    PyErr_Format(PyExc_TypeError, "%s() takes at most %d positional arguments (%zd given)",
+                 p.method, p.positional, nargs);
+    throw py::error_already_set();
+  }
+  for (Py_ssize_t i = 0; i < nargs; ++i) values[i] = args[i];
+  const Py_ssize_t named = kwnames ? PyTuple_GET_SIZE(kwnames) : 0;
+  for (Py_ssize_t k = 0; k < named; ++k) {
+    PyObject* name = PyTuple_GET_ITEM(kwnames, k);
+    int at = -1;
+    for (int i = 0; i < kMaxArgs && p.names[i] && at < 0; ++i) {
+      if (!p.interned[i]) p.interned[i] = PyUnicode_InternFromString(p.names[i]);
+      if (name == p.interned[i]) at = i;
+    }
+    for (int i = 0; i < kMaxArgs && p.names[i] && at < 0; ++i)
+      if (PyUnicode_CompareWithASCIIString(name, p.names[i]) == 0) at = i;
+    if (at < 0 || values[at]) {
+      PyErr_Format(PyExc_TypeError,
+                   at < 0 ? "%s() got an unexpected keyword argument '%U'"
+                          : "%s() got multiple values for argument '%U'",
+                   p.method, name);
+      throw py::error_already_set();
+    }
+    values[at] = args[nargs + k];
+  }
+  for (int i = 0; i < p.required; ++i) {
+    if (values[i]) continue;
+    PyErr_Format(PyExc_TypeError, "%s() missing required argument '%s'", p.method, p.names[i]);
+    throw py::error_already_set();
+  }
+}
+
+
+RedOp read_op(PyObject* object) {
+  if (!object) return RedOp::sum;
+  static PyObject* names[kRedOpCount] = {};
+  for (int i = 0; i < kRedOpCount; ++i) {
+    if (!names[i]) names[i] = PyUnicode_InternFromString(kRedOps[i]);
+    if (names[i] == object) return static_cast<RedOp>(i);
+  }
+  if (PyUnicode_Check(object))
+    for (int i = 0; i < kRedOpCount; ++i)
+      if (PyUnicode_CompareWithASCIIString(object, kRedOps[i]) == 0) return static_cast<RedOp>(i);
+  usage("argument 'op' is " + repr_of(object) + "; give 'sum', 'prod', 'min', 'max' or 'mean'");
+}
+
+int64_t read_int(PyObject* object, const char* argument) {
+  if (!PyIndex_Check(object))
+    usage(std::string("argument '") + argument + "' is " + repr_of(object) + "; give an integer");
+  const py::object number = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+  if (!number) throw py::error_already_set();
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  if (overflow) usage(std::string("argument '") + argument + "' is " + repr_of(object) + ", too large");
+  return value;
+}
+
+int read_rank(PyObject* object, const char* argument, int n) {
+  const int64_t rank = read_int(object, argument);
+  if (rank < 0 || rank >= n)
+    usage(std::string("argument '") + argument + "' is " + std::to_string(rank) +
+          "; the ranks of this communicator are 0 to " + std::to_string(n - 1));
+  return static_cast<int>(rank);
+}
+
+void check_op(DType dtype, RedOp op) {
+  if (supports(dtype, op)) return;
+  const std::string what = std::string("op='") + name_of(op) + "' of " + name_of(dtype);
+  if (op == RedOp::mean)
+    usage(what + " is not exact; reduce x.astype('float64'), or use op='sum' and divide");
+  usage(what + " has no meaning, complex numbers have no order; reduce abs(x), x.real or x.imag");
+}
+
+double read_seconds(PyObject* object, double otherwise) {
+  if (!given(object)) return otherwise;
+  const double s = PyFloat_AsDouble(object);
+  if (s == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    usage("argument 'timeout' is " + repr_of(object) + "; give seconds, or None for the default");
+  }
+  if (std::isnan(s) || s < 0)
+    usage("argument 'timeout' is " + repr_of(object) +
+          "; give seconds >= 0, or float('inf') to wait for ever");
+  return s;
+}
+
+}  // namespace meshring

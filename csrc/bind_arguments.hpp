@@ -1,0 +1,64 @@
+// F5. Arguments in: NumPy arrays read by their struct, everything else made into one; keywords,
+// operators, ranks and seconds. All throw Error(usage) that names the argument.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+#include "dtype.hpp"
+#include "error.hpp"
+
+namespace meshring {
+
+namespace py = pybind11;
+
+// A NumPy array of a dtype that meshring knows; C-contiguous. Holds a reference.
+struct Array {
+  py::object object;    // the ndarray that is read or written
+  py::object original;  // what the caller gave
+  char* data = nullptr;
+  int ndim = 0;
+  const Py_ssize_t* shape = nullptr;
+  DType dtype = DType::float32;
+  int64_t count = 0;
+  int64_t packed = 0;  // bytes copied because the caller's array was not contiguous
+
+  int64_t bytes() const { return count * static_cast<int64_t>(size_of(dtype)); }
+};
+
+void init_arrays();  // caches numpy's objects; once, at import
+
+// An input; a non-contiguous one is packed. Throws Error(usage) naming the argument.
+Array read_input(PyObject* object, const char* argument);
+// An output: contiguous and writable, or refused.
+Array read_output(PyObject* object, const char* argument);
+
+py::object new_array(int ndim, const Py_ssize_t* shape, DType dtype);
+DType dtype_of(PyObject* anything, const char* argument);  // what numpy.dtype() understands
+std::string repr_of(PyObject* object);
+std::string shape_text(int ndim, const Py_ssize_t* shape);
+
+inline constexpr int kMaxArgs = 8;
+
+// The parameters of one method: the first `positional` may be given without a name.
+struct Parameters {
+  const char* method;
+  int positional;
+  int required;
+  const char* names[kMaxArgs];
+  PyObject* interned[kMaxArgs] = {};
+};
+
+// Fills values[i] with what names[i] was given, or leaves null. Throws Python's TypeError.
+void parse(Parameters& p, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames,
+           PyObject** values);
+inline bool given(PyObject* object) { return object && object != Py_None; }
+RedOp read_op(PyObject* object);
+int64_t read_int(PyObject* object, const char* argument);
+int read_rank(PyObject* object, const char* argument, int n);
+double read_seconds(PyObject* object, double otherwise);  // None or null: otherwise
+void check_op(DType dtype, RedOp op);
+
+}  // namespace meshring

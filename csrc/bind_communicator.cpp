@@ -1,0 +1,270 @@
+#include "bind_communicator.hpp"
+
+#include "bind_call.hpp"
+
+namespace meshring {
+
+// ---- errors ---------------------------------------------------------------------------------
+
+void set_python_error(const Error& error, const std::string& where) {
+  Error whole = error;
+  whole.text = where + error.text;
+  set_python_error(whole);
+}
+
+void set_python_error(const Error& error) {
+  if (PyErr_Occurred()) return;  // the signal handler's exception says more
+  const char* name = "MeshringError";
+  switch (error.trouble) {
+    case Trouble::usage:
+      name = "UsageError";
+      break;
+    case Trouble::mismatch:
+      name = "MismatchError";
+      break;
+    case Trouble::deadline:
+      name = "DeadlineError";
+      break;
+    case Trouble::peer_lost:
+      name = "PeerLostError";
+      break;
+    case Trouble::backend:
+    case Trouble::interrupted:
+      name = "BackendError";
+      break;
+  }
+  try {
+    const py::object type = py::module_::import("meshring.errors").attr(name);
+    const py::object exception = type(error.text);
+    py::tuple ranks(error.ranks.size());
+    for (size_t i = 0; i < error.ranks.size(); ++i) ranks[i] = error.ranks[i];
+    exception.attr("ranks") = ranks;
+    PyErr_SetObject(type.ptr(), exception.ptr());
+  } catch (py::error_already_set& e) {
+    e.restore();
+  }
+}
+
+// ---- the frame of every call ----------------------------------------------------------------
+
+Inside::Inside(PyCommunicator& comm) : comm_(comm) {
+  if (comm.busy)
+    usage(
+        "another thread is inside this communicator; one thread at a time can use it (give each "
+        "thread its own, with split())");
+  comm.busy = true;
+}
+
+uint32_t site_of(World& world) {
+  return caller_site(&world, [&world](const std::string& text) {
+    return world.segment().add_site(world.rank(), text);
+  });
+}
+
+PyCommunicator& unwrap(PyObject* self) {
+  auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  void* value = instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
+  if (!value) {
+    PyErr_SetString(PyExc_TypeError, "Communicator.__init__ has not been called");
+    throw py::error_already_set();
+  }
+  auto& comm = *static_cast<PyCommunicator*>(value);
+  if (!comm.c) {
+    PyErr_SetString(PyExc_TypeError, "this object gave its communicator away");
+    throw py::error_already_set();
+  }
+  return comm;
+}
+
+py::object make_work(PyObject* self, std::shared_ptr<Pending> pending, py::object result,
+                     const Array* in, const Array* out) {
+  auto work = std::make_unique<PyWork>();
+  work->pending = std::move(pending);
+  work->communicator = py::reinterpret_borrow<py::object>(self);
+  work->result = std::move(result);
+  work->arrays = py::make_tuple(in ? in->object : py::none(), out ? out->object : py::none());
+  return py::cast(std::move(work));
+}
+
+// A peer may still read the arrays of a call that failed in the middle.
+void keep_arrays(PyCommunicator& comm, const Array* in, const Array* out) {
+  if (in) comm.kept.push_back(in->object);
+  if (out) comm.kept.push_back(out->object);
+}
+
+// ---- World ----------------------------------------------------------------------------------
+
+PyWorld::PyWorld(std::shared_ptr<Segment> segment, int rank, bool threads, double timeout) {
+  GilHooks hooks;
+  if (threads) hooks.release();
+  try {
+    world = std::make_shared<World>(std::move(segment), rank, threads, timeout, hooks);
+  } catch (const Error&) {
+    hooks.restore();
+    throw;
+  }
+}
+
+PyWorld::~PyWorld() { forget_sites(world.get()); }
+
+PyCommunicator::PyCommunicator(const PyWorld& world, double timeout)
+    : c(std::make_unique<Communicator>(world.world, timeout)) {}
+
+// ---- Work -----------------------------------------------------------------------------------
+
+PyWork::~PyWork() {
+  // Dropped while it still runs: the communicator keeps the arrays.
+  if (!pending || harvested || !communicator) return;
+  auto& comm = communicator.cast<PyCommunicator&>();
+  if (!comm.c->closed() && !comm.c->test(*pending)) comm.kept.push_back(arrays);
+}
+
+bool PyWork::done() { return communicator.cast<PyCommunicator&>().c->test(*pending); }
+
+py::object PyWork::wait(py::object timeout) {
+  auto& comm = communicator.cast<PyCommunicator&>();
+  const double seconds = read_seconds(timeout.ptr(), comm.c->timeout());
+  if (!harvested) {
+    GilHooks hooks;
+    if (comm.c->world().threads()) hooks.release();
+    try {
+      comm.c->wait(*pending, seconds, hooks);
+      hooks.restore();
+      harvested = true;
+    } catch (const Error& error) {
+      hooks.restore();
+      harvested = comm.c->test(*pending);
+      set_python_error(error);
+      throw py::error_already_set();
+    }
+  }
+  return result;
+}
+
+// ---- the module's part ----------------------------------------------------------------------
+
+namespace {
+
+py::dict trace_row(const Communicator::TraceRow& row) {
+  const RecordCopy& r = row.record;
+  py::dict d;
+  d["rank"] = row.rank;
+  d["number"] = r.seq;
+  d["operation"] = name_of(r.kind);
+  d["call"] = r.call();
+  d["dtype"] = name_of(r.dtype);
+  d["count"] = r.count;
+  d["state"] = r.state == CallState::running  ? "running"
+               : r.state == CallState::done   ? "done"
+               : r.state == CallState::failed ? "failed"
+                                              : "empty";
+  d["site"] = row.site;
+  d["seconds_ago"] = row.seconds_ago;
+  d["duration_s"] = row.duration;
+  return d;
+}
+
+py::object split(py::object self, py::object color, int64_t key, py::object timeout) {
+  auto& comm = self.cast<PyCommunicator&>();
+  int64_t wish = -1;
+  const std::string where = "split (rank " + std::to_string(comm.c->rank()) + "/" +
+                            std::to_string(comm.c->size()) + "): ";
+  if (!color.is_none()) {
+    if (!PyIndex_Check(color.ptr()) || (wish = color.cast<int64_t>()) < 0)
+      usage(where + "argument 'color' is " + py::cast<std::string>(py::repr(color)) +
+            "; give an integer >= 0, or None on a rank that joins no group");
+  }
+  const double seconds = read_seconds(timeout.ptr(), comm.c->timeout());
+  Inside inside(comm);
+  std::unique_ptr<Communicator> part;
+  {
+    World& world = comm.c->world();
+    const uint32_t site = site_of(world);
+    GilHooks hooks;
+    if (world.threads()) hooks.release();
+    part = comm.c->split(wish, key, site, seconds, hooks);
+  }
+  if (!part) return py::none();
+  return py::cast(std::make_unique<PyCommunicator>(std::move(part)));
+}
+
+void close(PyCommunicator& comm) {
+  {
+    py::gil_scoped_release release;  // the worker may finish what is queued
+    comm.c->close();
+  }
+  comm.group.clear();
+  comm.kept.clear();
+}
+
+}  // namespace
+
+void bind_communicator(py::module_& m) {
+  py::class_<PyWorld>(m, "World")
+      .def(py::init<std::shared_ptr<Segment>, int, bool, double>(), py::arg("segment"),
+           py::arg("rank"), py::kw_only(), py::arg("threads"), py::arg("timeout"))
+      .def_property_readonly("rank", [](const PyWorld& w) { return w.world->rank(); })
+      .def_property_readonly("size", [](const PyWorld& w) { return w.world->size(); })
+      .def_property_readonly("transport",
+                             [](const PyWorld& w) { return name_of(w.world->transport()); });
+
+  py::class_<PyWork>(m, "Work")
+      .def("wait", &PyWork::wait, py::arg("timeout") = py::none(),
+           "Block until the operation is done and return its result.\n\n"
+           "Units: seconds. Errors: those of the operation; DeadlineError when the time is over.\n"
+           "Source: MPI_Wait.")
+      .def("done", &PyWork::done,
+           "Say without blocking whether the operation is done.\n\nSource: MPI_Test.")
+      .def_property_readonly("result", [](PyWork& w) -> py::object {
+        return w.done() ? w.result : py::none();
+      });
+
+  py::class_<PyCommunicator> type(m, "Communicator");
+  type.def(py::init<const PyWorld&, double>(), py::arg("world"), py::kw_only(), py::arg("timeout"))
+      // Takes over what _split() made; the other object is empty afterwards.
+      .def(py::init([](PyCommunicator& part) {
+             if (!part.c) usage("this part of a split was taken already");
+             return std::make_unique<PyCommunicator>(std::move(part.c));
+           }),
+           py::arg("part"))
+      .def_property_readonly("rank", [](const PyCommunicator& c) { return c.c->rank(); })
+      .def_property_readonly("size", [](const PyCommunicator& c) { return c.c->size(); })
+      .def_property_readonly("timeout", [](const PyCommunicator& c) { return c.c->timeout(); })
+      .def_property_readonly("backend", [](const PyCommunicator& c) -> std::string {
+        return c.c->closed() ? "closed" : c.c->backend();
+      })
+      .def_property_readonly("transport", [](const PyCommunicator& c) {
+        return name_of(c.c->world().transport());
+      })
+      .def_property_readonly("closed", [](const PyCommunicator& c) { return c.c->closed(); })
+      .def_property_readonly("poisoned", [](const PyCommunicator& c) -> py::object {
+        const std::string why = c.c->poisoned();
+        return why.empty() ? py::none() : py::object(py::str(why));
+      })
+      .def_property_readonly("world_ranks", [](const PyCommunicator& c) {
+        py::tuple t(c.c->world_ranks().size());
+        for (size_t i = 0; i < t.size(); ++i) t[i] = c.c->world_ranks()[i];
+        return t;
+      })
+      .def_property_readonly("packed_bytes", [](const PyCommunicator& c) { return c.packed_bytes; })
+      .def_property_readonly("unfinished", [](const PyCommunicator& c) { return c.kept.size(); })
+      .def("_split", &split, py::arg("color"), py::arg("key"), py::arg("timeout"))
+      .def("_begin_group", [](PyCommunicator& c) {
+        c.c->check_usable();
+        ++c.group_depth;
+      })
+      .def("_end_group", &end_group, py::arg("timeout"), py::arg("cancelled"))
+      .def("_trace", [](const PyCommunicator& c, int rank) {
+        if (rank < 0 || rank >= c.c->size())
+          usage("trace: argument 'rank' is " + std::to_string(rank) + "; 0 to " +
+                std::to_string(c.c->size() - 1) + " is possible");
+        py::list rows;
+        for (const auto& row : c.c->trace(rank)) rows.append(trace_row(row));
+        return rows;
+      })
+      .def("_close", &close);
+  add_collectives(type);
+  add_transfers(type);
+}
+
+}  // namespace meshring

@@ -1,0 +1,58 @@
+// F5. The Python classes World, Communicator and Work.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <vector>
+
+#include "bind_arguments.hpp"
+#include "bind_python.hpp"
+#include "communicator.hpp"
+
+namespace meshring {
+
+class PyWorld {
+ public:
+  PyWorld(std::shared_ptr<Segment> segment, int rank, bool threads, double timeout);
+  ~PyWorld();
+  std::shared_ptr<World> world;
+};
+
+class PyWork;
+
+// What _core.Communicator holds.
+class PyCommunicator {
+ public:
+  PyCommunicator(const PyWorld& world, double timeout);
+  explicit PyCommunicator(std::unique_ptr<Communicator> c) : c(std::move(c)) {}
+
+  std::unique_ptr<Communicator> c;
+  int64_t packed_bytes = 0;  // copied because inputs were not contiguous
+  bool busy = false;         // a thread is inside a call
+  int group_depth = 0;
+  std::vector<py::object> group;  // PyWork of the open group
+  std::vector<py::object> kept;   // arrays that others may still read
+};
+
+class PyWork {
+ public:
+  ~PyWork();
+  py::object wait(py::object timeout);
+  bool done();
+
+  std::shared_ptr<Pending> pending;
+  py::object communicator;
+  py::object result;
+  py::tuple arrays;
+  bool harvested = false;
+};
+
+// Python's exception for an Error; the text is complete.
+void set_python_error(const Error& error);
+// The same for the parts that have no door: `where` is put in front.
+void set_python_error(const Error& error, const std::string& where);
+
+void bind_communicator(py::module_& m);
+
+}  // namespace meshring

@@ -1,0 +1,112 @@
+// F4. Check, record, deadline, dispatch: the one path of every call on every backend.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backend.hpp"
+#include "board.hpp"
+#include "worker.hpp"
+#include "world.hpp"
+
+namespace meshring {
+
+// An asynchronous collective, or a posted send or receive. Whoever holds it keeps the arrays alive.
+struct Pending {
+  Call call;
+  uint64_t number = 0;             // of the collective, or of the transfer's record
+  std::shared_ptr<Transfer> transfer;  // send and recv
+  std::atomic<bool> finished{false};   // collectives
+  std::optional<Error> error;
+};
+
+class Communicator {
+ public:
+  static std::shared_ptr<Segment> new_job(int size);  // a segment with the world's region in it
+
+  Communicator(std::shared_ptr<World> world, double timeout);  // of all ranks
+  ~Communicator();
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return static_cast<int>(world_ranks_.size()); }
+  double timeout() const { return timeout_; }
+  void set_timeout(double seconds) { timeout_ = seconds; }
+  bool closed() const { return closed_; }
+  std::string poisoned() const;  // why, or ""
+  const std::vector<int>& world_ranks() const { return world_ranks_; }
+  World& world() const { return *world_; }
+  const char* backend() const;
+
+  void run(const Call& call, double timeout, Hooks& hooks);
+  std::shared_ptr<Pending> start(const Call& call, double timeout);
+  // Sends and receives that may need one another: one, both sides of an exchange, or a group.
+  std::vector<std::shared_ptr<Pending>> post(const std::vector<Call>& calls, bool beside);
+  bool test(Pending& pending);
+  void wait(Pending& pending, double timeout, Hooks& hooks);
+
+  // One int64 of every rank.
+  std::vector<int64_t> exchange(const std::vector<int64_t>& mine, const Call& on_behalf_of,
+                                double timeout, Hooks& hooks);
+  // The ranks of equal colour, ordered by (key, rank); null for colour -1. Collective.
+  std::unique_ptr<Communicator> split(int64_t color, int64_t key, uint32_t site, double timeout,
+                                      Hooks& hooks);
+  void close();
+  // Throws Error(usage) when closed, poisoned or in a forked child.
+  void check_usable() const;
+
+  struct TraceRow {
+    int rank;
+    RecordCopy record;
+    std::string site;
+    double seconds_ago;
+    double duration;
+  };
+  std::vector<TraceRow> trace(int rank) const;  // oldest first
+
+ private:
+  Communicator(std::shared_ptr<World> world, int region, std::vector<int> world_ranks, int rank,
+               double timeout);
+  uint64_t begin(const Call& call, uint64_t seq);
+  void end(uint64_t record, CallState state);
+  // Completes the sentence, poisons where the trouble asks for it, and throws.
+  [[noreturn]] void fail(const Error& error, const Call& call, uint64_t seq, Deadline& deadline);
+  void poison(const Error& error, const std::string& text);
+  Error completed(const Error& error, const Call& call, uint64_t seq, double limit) const;
+
+  // report.cpp
+  std::string door(const Call& call, uint64_t seq) const;  // "all_reduce #3 (rank 1/4)"
+  std::string mismatch_text(const Call& call, uint64_t seq, std::vector<int>* culprits) const;
+  std::string table(const std::vector<int>& missing) const;
+  std::string doing(int p, bool missing) const;
+  std::string last_call(int p) const;
+  std::string at_site(int p, uint32_t site) const;
+  std::optional<RecordCopy> record_of(int p, uint64_t seq) const;
+  std::optional<RecordCopy> latest(int p) const;
+
+  std::shared_ptr<World> world_;
+  int region_;
+  uint64_t id_;
+  std::vector<int> world_ranks_;
+  int rank_;
+  double timeout_;
+  std::shared_ptr<Mapping> mapping_;
+  RecordRing* rings_;  // one per rank, at the beginning of the region
+  std::unique_ptr<Backend> backend_;
+  RankEntry* entry_;
+  uint64_t seq_ = 0;  // collectives so far
+  uint64_t written_ = 0;  // records so far
+  bool closed_ = false;
+  std::atomic<bool> is_poisoned_{false};
+  mutable std::mutex poison_lock_;
+  std::string poisoned_;
+  unsigned forks_;
+  std::unique_ptr<Worker> worker_;
+};
+
+}  // namespace meshring

@@ -1,0 +1,34 @@
+// F4. One thread that runs a communicator's asynchronous collectives in the order of their calls.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+#include "wait.hpp"
+
+namespace meshring {
+
+class Worker {
+ public:
+  ~Worker();
+  void add(std::function<void()> task);  // the task must not throw
+  bool idle();                           // nothing waits or runs
+  // Blocks until done() holds, which some task makes true; false when hooks say interrupted or
+  // the time is over.
+  bool wait(const std::function<bool()>& done, double seconds, Hooks& hooks);
+
+ private:
+  void loop();
+
+  std::mutex lock_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> tasks_;
+  bool running_ = false;
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace meshring

@@ -1,0 +1,37 @@
+"""Collectives, meshes and sharded arrays for people who write NumPy and CuPy.
+
+    import numpy as np
+    import meshring as mr
+
+    comm = mr.init()
+    x = np.arange(8, dtype="f4") + comm.rank
+    comm.all_reduce(x)
+"""
+
+from meshring._core import Work
+from meshring.communicator import Communicator, init
+from meshring.errors import (
+    BackendError,
+    DeadlineError,
+    MeshringError,
+    MismatchError,
+    PeerLostError,
+    UsageError,
+)
+from meshring.local import run_local
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Communicator",
+    "DeadlineError",
+    "MeshringError",
+    "MismatchError",
+    "PeerLostError",
+    "UsageError",
+    "Work",
+    "__version__",
+    "init",
+    "run_local",
+]
