@@ -26,14 +26,17 @@ class Transfer {
   virtual const Call& call() const = 0;
 };
 
+// Of how_it_left(): it waits for somebody else than this rank.
+inline constexpr const char* kGaveUp = "gave up at its own deadline";
+
 // Collectives are executed by one thread at a time, in the same order on all ranks; transfers may
 // be posted and waited for by another thread meanwhile. What each kind of call means, with block(i,
 // j) as call.hpp's Blocks cut it, n ranks, this one being `me`:
-//   all_reduce      out = reduction of every in, in rank order      reduce          the same, on root
-//   reduce_scatter  out = reduction of every rank's block me        broadcast       out = root's in
-//   all_gather      out block i = in of rank i                      gather          the same, on root
-//   scatter         out = block me of root's in                     barrier         nothing moves
-//   all_to_all      out block i = block me of rank i's in
+//   all_reduce      out = reduction of every in, in rank order      reduce          the same, on
+//   root reduce_scatter  out = reduction of every rank's block me        broadcast       out =
+//   root's in all_gather      out block i = in of rank i                      gather          the
+//   same, on root scatter         out = block me of root's in                     barrier nothing
+//   moves all_to_all      out block i = block me of rank i's in
 // Buffers are C-contiguous; `in` may equal `out` where meshring's public in-place forms say so.
 //
 // Failures are Error: mismatch (found on every rank before any out is written; the backend stays

@@ -30,8 +30,10 @@ void learn_ml_dtypes(bool import) {
   const py::object ml = py::module_::import("ml_dtypes");
   for (int i = 0; i < kDTypeCount; ++i)
     if (is_ml_dtype(i) && !descriptors[i])
-      descriptors[i] = py::reinterpret_borrow<py::object>(numpy_dtype)(
-                           ml.attr(name_of(static_cast<DType>(i)))).release().ptr();
+      descriptors[i] =
+          py::reinterpret_borrow<py::object>(numpy_dtype)(ml.attr(name_of(static_cast<DType>(i))))
+              .release()
+              .ptr();
 }
 
 std::optional<DType> find(PyObject* descriptor) {
@@ -56,7 +58,8 @@ std::string str_of(PyObject* object) { return py::cast<std::string>(py::str(py::
     fix = "convert it to native byte order, x.astype(x.dtype.newbyteorder('='))";
   usage(std::string("argument '") + argument + "' has dtype " + str_of(descriptor) +
         "; bool, int8 to int64, uint8 to uint64, float16/32/64, complex64/128, bfloat16, "
-        "float8_e4m3fn and float8_e5m2 can be sent: " + fix);
+        "float8_e4m3fn and float8_e5m2 can be sent: " +
+        fix);
 }
 
 void read_numpy(PyObject* object, const char* argument, Array& a, int* flags) {
@@ -77,7 +80,8 @@ void read_numpy(PyObject* object, const char* argument, Array& a, int* flags) {
 py::object coerced(PyObject* object, const char* argument) {
   static PyObject* as_array =
       py::object(py::module_::import("meshring._arrays").attr("as_array")).release().ptr();
-  py::object result = py::reinterpret_steal<py::object>(PyObject_CallFunction(as_array, "Os", object, argument));
+  py::object result =
+      py::reinterpret_steal<py::object>(PyObject_CallFunction(as_array, "Os", object, argument));
   if (!result) throw py::error_already_set();
   if (py::isinstance<py::str>(result)) usage(py::cast<std::string>(result));
   return result;
@@ -104,7 +108,8 @@ void init_arrays() {
   numpy_dtype = py::object(numpy.attr("dtype")).release().ptr();
   for (int i = 0; i < kDTypeCount; ++i)
     if (!is_ml_dtype(i))
-      descriptors[i] = py::object(numpy.attr("dtype")(name_of(static_cast<DType>(i)))).release().ptr();
+      descriptors[i] =
+          py::object(numpy.attr("dtype")(name_of(static_cast<DType>(i)))).release().ptr();
 }
 
 Array read_input(PyObject* object, const char* argument) {
@@ -207,7 +212,6 @@ void parse(Parameters& p, PyObject* const* args, Py_ssize_t nargs, PyObject* kwn
   }
 }
 
-
 RedOp read_op(PyObject* object) {
   if (!object) return RedOp::sum;
   static PyObject* names[kRedOpCount] = {};
@@ -228,7 +232,8 @@ int64_t read_int(PyObject* object, const char* argument) {
   if (!number) throw py::error_already_set();
   int overflow = 0;
   const int64_t value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
-  if (overflow) usage(std::string("argument '") + argument + "' is " + repr_of(object) + ", too large");
+  if (overflow)
+    usage(std::string("argument '") + argument + "' is " + repr_of(object) + ", too large");
   return value;
 }
 

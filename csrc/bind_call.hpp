@@ -56,8 +56,7 @@ void add_transfers(py::class_<PyCommunicator>& type);
 template <size_t N>
 void add_methods(py::class_<PyCommunicator>& type, PyMethodDef (&methods)[N]) {
   for (PyMethodDef& method : methods) {
-    PyObject* descriptor =
-        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &method);
+    PyObject* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &method);
     if (!descriptor) throw py::error_already_set();
     type.attr(method.ml_name) = py::reinterpret_steal<py::object>(descriptor);
   }

@@ -106,7 +106,8 @@ std::vector<int64_t> read_sizes(PyObject* object, int n) {
   std::vector<int64_t> v;
   for (int i = 0; i < n; ++i) {
     v.push_back(read_int(PyList_GET_ITEM(list.ptr(), i), "sizes"));
-    if (v.back() < 0) usage("argument 'sizes' is " + repr_of(object) + ", and no length is negative");
+    if (v.back() < 0)
+      usage("argument 'sizes' is " + repr_of(object) + ", and no length is negative");
   }
   return v;
 }
@@ -142,8 +143,7 @@ std::vector<int64_t> cut_sizes(PyObject* sizes, int64_t total, int n) {
 
 void check_out(const Array& out, DType dtype, const std::vector<Py_ssize_t>& shape) {
   const int ndim = static_cast<int>(shape.size());
-  if (out.dtype == dtype && out.ndim == ndim &&
-      std::equal(shape.begin(), shape.end(), out.shape))
+  if (out.dtype == dtype && out.ndim == ndim && std::equal(shape.begin(), shape.end(), out.shape))
     return;
   usage("argument 'out' is " + std::string(name_of(out.dtype)) + " " +
         shape_text(out.ndim, out.shape) + "; " + name_of(dtype) + " " +
@@ -173,8 +173,7 @@ Array output_for(Call& call, PyObject* out, DType dtype, const std::vector<Py_ss
 
 // ---- all_reduce, reduce, broadcast, barrier -------------------------------------------------
 
-Parameters all_reduce_parameters{
-    "all_reduce", 3, 1, {"x", "op", "out", "timeout", "async_op"}};
+Parameters all_reduce_parameters{"all_reduce", 3, 1, {"x", "op", "out", "timeout", "async_op"}};
 
 PyObject* all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
   return at_the_door(self, "all_reduce", [&](PyCommunicator& comm) {
@@ -351,7 +350,8 @@ PyObject* reduce_scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs
     call.in = in.data;
     const Array out = output_for(call, v[4], in.dtype, a.with(mine));
     const View own = Blocks(call, n).input(me, me, call.in);
-    if (!own.contiguous() || own.data != out.data) check_overlap(in, out.data, out.bytes(), nullptr);
+    if (!own.contiguous() || own.data != out.data)
+      check_overlap(in, out.data, out.bytes(), nullptr);
     return run(self, comm, call, &in, &out, out.original, v[5], v[6]);
   });
 }
@@ -417,8 +417,7 @@ PyObject* scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
     call.dtype = static_cast<DType>(head[1]);
     std::vector<Py_ssize_t> shape(static_cast<size_t>(head[2]));
     for (size_t i = 0; i < shape.size(); ++i) shape[i] = static_cast<Py_ssize_t>(head[4 + i]);
-    const Along a =
-        along(call, call.dtype, shape.data(), static_cast<int>(shape.size()), head[3]);
+    const Along a = along(call, call.dtype, shape.data(), static_cast<int>(shape.size()), head[3]);
     call.ndim = static_cast<uint8_t>(shape.size());
     call.count = 1;
     for (size_t i = 0; i < shape.size(); ++i) call.count *= call.dims[i] = shape[i];

@@ -116,7 +116,9 @@ PyWork::~PyWork() {
   // Dropped while it still runs: the communicator keeps the arrays.
   if (!pending || harvested || !communicator) return;
   auto& comm = communicator.cast<PyCommunicator&>();
-  if (!comm.c->closed() && !comm.c->test(*pending)) comm.kept.push_back(arrays);
+  if (comm.c->closed() || comm.c->test(*pending)) return;
+  comm.kept.push_back(arrays);
+  ++comm.dropped;
 }
 
 bool PyWork::done() { return communicator.cast<PyCommunicator&>().c->test(*pending); }
@@ -215,9 +217,8 @@ void bind_communicator(py::module_& m) {
            "Source: MPI_Wait.")
       .def("done", &PyWork::done,
            "Say without blocking whether the operation is done.\n\nSource: MPI_Test.")
-      .def_property_readonly("result", [](PyWork& w) -> py::object {
-        return w.done() ? w.result : py::none();
-      });
+      .def_property_readonly(
+          "result", [](PyWork& w) -> py::object { return w.done() ? w.result : py::none(); });
 
   py::class_<PyCommunicator> type(m, "Communicator");
   type.def(py::init<const PyWorld&, double>(), py::arg("world"), py::kw_only(), py::arg("timeout"))
@@ -230,38 +231,42 @@ void bind_communicator(py::module_& m) {
       .def_property_readonly("rank", [](const PyCommunicator& c) { return c.c->rank(); })
       .def_property_readonly("size", [](const PyCommunicator& c) { return c.c->size(); })
       .def_property_readonly("timeout", [](const PyCommunicator& c) { return c.c->timeout(); })
-      .def_property_readonly("backend", [](const PyCommunicator& c) -> std::string {
-        return c.c->closed() ? "closed" : c.c->backend();
-      })
-      .def_property_readonly("transport", [](const PyCommunicator& c) {
-        return name_of(c.c->world().transport());
-      })
+      .def_property_readonly("backend",
+                             [](const PyCommunicator& c) -> std::string {
+                               return c.c->closed() ? "closed" : c.c->backend();
+                             })
+      .def_property_readonly(
+          "transport", [](const PyCommunicator& c) { return name_of(c.c->world().transport()); })
       .def_property_readonly("closed", [](const PyCommunicator& c) { return c.c->closed(); })
-      .def_property_readonly("poisoned", [](const PyCommunicator& c) -> py::object {
-        const std::string why = c.c->poisoned();
-        return why.empty() ? py::none() : py::object(py::str(why));
-      })
-      .def_property_readonly("world_ranks", [](const PyCommunicator& c) {
-        py::tuple t(c.c->world_ranks().size());
-        for (size_t i = 0; i < t.size(); ++i) t[i] = c.c->world_ranks()[i];
-        return t;
-      })
+      .def_property_readonly("poisoned",
+                             [](const PyCommunicator& c) -> py::object {
+                               const std::string why = c.c->poisoned();
+                               return why.empty() ? py::none() : py::object(py::str(why));
+                             })
+      .def_property_readonly("world_ranks",
+                             [](const PyCommunicator& c) {
+                               py::tuple t(c.c->world_ranks().size());
+                               for (size_t i = 0; i < t.size(); ++i) t[i] = c.c->world_ranks()[i];
+                               return t;
+                             })
       .def_property_readonly("packed_bytes", [](const PyCommunicator& c) { return c.packed_bytes; })
-      .def_property_readonly("unfinished", [](const PyCommunicator& c) { return c.kept.size(); })
+      .def_property_readonly("unfinished", [](const PyCommunicator& c) { return c.dropped; })
       .def("_split", &split, py::arg("color"), py::arg("key"), py::arg("timeout"))
-      .def("_begin_group", [](PyCommunicator& c) {
-        c.c->check_usable();
-        ++c.group_depth;
-      })
+      .def("_begin_group",
+           [](PyCommunicator& c) {
+             c.c->check_usable();
+             ++c.group_depth;
+           })
       .def("_end_group", &end_group, py::arg("timeout"), py::arg("cancelled"))
-      .def("_trace", [](const PyCommunicator& c, int rank) {
-        if (rank < 0 || rank >= c.c->size())
-          usage("trace: argument 'rank' is " + std::to_string(rank) + "; 0 to " +
-                std::to_string(c.c->size() - 1) + " is possible");
-        py::list rows;
-        for (const auto& row : c.c->trace(rank)) rows.append(trace_row(row));
-        return rows;
-      })
+      .def("_trace",
+           [](const PyCommunicator& c, int rank) {
+             if (rank < 0 || rank >= c.c->size())
+               usage("trace: argument 'rank' is " + std::to_string(rank) + "; 0 to " +
+                     std::to_string(c.c->size() - 1) + " is possible");
+             py::list rows;
+             for (const auto& row : c.c->trace(rank)) rows.append(trace_row(row));
+             return rows;
+           })
       .def("_close", &close);
   add_collectives(type);
   add_transfers(type);

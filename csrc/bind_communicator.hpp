@@ -33,6 +33,7 @@ class PyCommunicator {
   int group_depth = 0;
   std::vector<py::object> group;  // PyWork of the open group
   std::vector<py::object> kept;   // arrays that others may still read
+  int dropped = 0;                // Works that were let go before they were done
 };
 
 class PyWork {

@@ -81,8 +81,8 @@ bool is_own(PyCodeObject* code) {
   }();
   const char* file = PyUnicode_AsUTF8(code->co_filename);
   if (!file) PyErr_Clear();
-  const bool own = file && !package.empty() &&
-                   std::string(file).compare(0, package.size(), package) == 0;
+  const bool own =
+      file && !package.empty() && std::string(file).compare(0, package.size(), package) == 0;
   if (codes.size() < kRemembered) {
     Py_INCREF(code);
     codes.emplace(reinterpret_cast<PyObject*>(code), own);

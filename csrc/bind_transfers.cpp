@@ -133,9 +133,10 @@ PyObject* sendrecv(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyOb
       out = read_output(new_array(in.ndim, in.shape, in.dtype).ptr(), "out");
     }
     World& world = comm.c->world();
-    exchange(self, comm,
-             {transfer(CallKind::send, dest, in, world), transfer(CallKind::recv, source, out, world)},
-             {&in, &out}, v[4]);
+    exchange(
+        self, comm,
+        {transfer(CallKind::send, dest, in, world), transfer(CallKind::recv, source, out, world)},
+        {&in, &out}, v[4]);
     return out.original;
   });
 }

@@ -24,8 +24,8 @@ struct Word {
 };
 
 inline constexpr int kTextLength = 256;
-inline constexpr int kSites = 128;      // call sites remembered per rank
-inline constexpr int kRecords = 32;     // calls remembered per rank and communicator
+inline constexpr int kSites = 128;   // call sites remembered per rank
+inline constexpr int kRecords = 32;  // calls remembered per rank and communicator
 
 // Text that others may read while it is written: a torn read shows old and new letters, no more.
 struct Text {

@@ -51,11 +51,11 @@ struct Call {
   CallKind part_of = CallKind::none;  // an exchange of lengths before that operation
   DType dtype = DType::float32;
   RedOp op = RedOp::sum;
-  int8_t axis = -1;    // for messages
-  uint8_t ndim = 0;    // of the caller's array, for messages
-  int32_t root = -1;   // root, or the peer of send and recv
-  uint32_t site = 0;   // the caller's file and line (Board::add_site)
-  int64_t count = 0;   // elements of the caller's array, for messages
+  int8_t axis = -1;   // for messages
+  uint8_t ndim = 0;   // of the caller's array, for messages
+  int32_t root = -1;  // root, or the peer of send and recv
+  uint32_t site = 0;  // the caller's file and line (Board::add_site)
+  int64_t count = 0;  // elements of the caller's array, for messages
   const void* in = nullptr;
   void* out = nullptr;
   int64_t outer = 1;

@@ -179,7 +179,8 @@ std::vector<std::shared_ptr<Pending>> Communicator::post(const std::vector<Call>
 
 bool Communicator::test(Pending& pending) {
   if (!pending.transfer) return pending.finished.load(std::memory_order_seq_cst);
-  return pending.transfer->done() || (!closed_ && !is_poisoned_ && backend_->test(*pending.transfer));
+  return pending.transfer->done() ||
+         (!closed_ && !is_poisoned_ && backend_->test(*pending.transfer));
 }
 
 void Communicator::wait(Pending& pending, double timeout, Hooks& hooks) {
@@ -305,10 +306,9 @@ std::vector<Communicator::TraceRow> Communicator::trace(int rank) const {
   for (uint64_t i = first; i <= last; ++i) {
     RecordCopy c = copy_of(ring.at(i));
     const int64_t end = c.state == CallState::running ? now : c.ended_ns;
-    rows.push_back({rank, c,
-                    world_->segment().site(world_ranks_[static_cast<size_t>(rank)], c.site),
-                    static_cast<double>(now - c.when_ns) * 1e-9,
-                    static_cast<double>(end - c.when_ns) * 1e-9});
+    rows.push_back(
+        {rank, c, world_->segment().site(world_ranks_[static_cast<size_t>(rank)], c.site),
+         static_cast<double>(now - c.when_ns) * 1e-9, static_cast<double>(end - c.when_ns) * 1e-9});
   }
   return rows;
 }

@@ -18,7 +18,7 @@ namespace meshring {
 // An asynchronous collective, or a posted send or receive. Whoever holds it keeps the arrays alive.
 struct Pending {
   Call call;
-  uint64_t number = 0;             // of the collective, or of the transfer's record
+  uint64_t number = 0;                 // of the collective, or of the transfer's record
   std::shared_ptr<Transfer> transfer;  // send and recv
   std::atomic<bool> finished{false};   // collectives
   std::optional<Error> error;
@@ -99,7 +99,7 @@ class Communicator {
   RecordRing* rings_;  // one per rank, at the beginning of the region
   std::unique_ptr<Backend> backend_;
   RankEntry* entry_;
-  uint64_t seq_ = 0;  // collectives so far
+  uint64_t seq_ = 0;      // collectives so far
   uint64_t written_ = 0;  // records so far
   bool closed_ = false;
   std::atomic<bool> is_poisoned_{false};

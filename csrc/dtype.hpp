@@ -39,13 +39,13 @@ struct DTypeInfo {
 };
 
 inline constexpr DTypeInfo kDTypes[kDTypeCount] = {
-    {"bool", 1, DTypeClass::boolean},       {"int8", 1, DTypeClass::integer},
-    {"int16", 2, DTypeClass::integer},      {"int32", 4, DTypeClass::integer},
-    {"int64", 8, DTypeClass::integer},      {"uint8", 1, DTypeClass::integer},
-    {"uint16", 2, DTypeClass::integer},     {"uint32", 4, DTypeClass::integer},
-    {"uint64", 8, DTypeClass::integer},     {"float16", 2, DTypeClass::real},
-    {"bfloat16", 2, DTypeClass::real},      {"float32", 4, DTypeClass::real},
-    {"float64", 8, DTypeClass::real},       {"complex64", 8, DTypeClass::complex},
+    {"bool", 1, DTypeClass::boolean},        {"int8", 1, DTypeClass::integer},
+    {"int16", 2, DTypeClass::integer},       {"int32", 4, DTypeClass::integer},
+    {"int64", 8, DTypeClass::integer},       {"uint8", 1, DTypeClass::integer},
+    {"uint16", 2, DTypeClass::integer},      {"uint32", 4, DTypeClass::integer},
+    {"uint64", 8, DTypeClass::integer},      {"float16", 2, DTypeClass::real},
+    {"bfloat16", 2, DTypeClass::real},       {"float32", 4, DTypeClass::real},
+    {"float64", 8, DTypeClass::real},        {"complex64", 8, DTypeClass::complex},
     {"complex128", 16, DTypeClass::complex}, {"float8_e4m3fn", 1, DTypeClass::real},
     {"float8_e5m2", 1, DTypeClass::real},
 };

@@ -1,4 +1,5 @@
-// F1. Element-wise reduction of n arrays in rank order, with run-time choice of the instruction set.
+// F1. Element-wise reduction of n arrays in rank order, with run-time choice of the instruction
+// set.
 #pragma once
 
 #include <cstdint>

@@ -52,13 +52,13 @@ struct Difference {
 
 // The first thing in which two calls disagree, in the order in which a reader would look.
 Difference difference(const RecordCopy& a, const RecordCopy& b) {
-  if (a.kind != b.kind) return {"operation", "All ranks must make the same calls in the same order."};
+  if (a.kind != b.kind)
+    return {"operation", "All ranks must make the same calls in the same order."};
   if (a.dtype != b.dtype)
     return {"dtype", "Give every rank the same dtype, for example x.astype('float32')."};
   if (has_op(a.kind) && a.op != b.op) return {"reduction", "Give every rank the same op=."};
   if (has_root(a.kind) && a.root != b.root) return {"root", "Give every rank the same root=."};
-  if (a.uneven != b.uneven)
-    return {"sizes", "Give sizes= on all ranks or on none."};
+  if (a.uneven != b.uneven) return {"sizes", "Give sizes= on all ranks or on none."};
   bool same = a.ndim == b.ndim;
   for (int i = 0; i < std::min<int>(a.ndim, kMaxDims); ++i) same = same && a.dims[i] == b.dims[i];
   if (same && a.axis == b.axis)
@@ -81,8 +81,7 @@ std::string Communicator::door(const Call& call, uint64_t seq) const {
 }
 
 std::string Communicator::at_site(int p, uint32_t site) const {
-  const std::string text =
-      world_->segment().site(world_ranks_[static_cast<size_t>(p)], site);
+  const std::string text = world_->segment().site(world_ranks_[static_cast<size_t>(p)], site);
   return text.empty() ? "" : " at " + text;
 }
 
@@ -111,9 +110,8 @@ std::string Communicator::mismatch_text(const Call& call, uint64_t seq,
   for (int p = 0; p < size(); ++p) {
     const std::optional<RecordCopy> r = record_of(p, seq);
     const std::string text = r ? r->call() : "(its record is gone)";
-    auto it = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
-      return g.text == text && (!r || !r->uneven);
-    });
+    auto it = std::find_if(groups.begin(), groups.end(),
+                           [&](const Group& g) { return g.text == text && (!r || !r->uneven); });
     if (it == groups.end())
       groups.push_back({text, r.value_or(RecordCopy{}), {p}});
     else
@@ -150,7 +148,8 @@ std::string Communicator::last_call(int p) const {
     case CallState::running:
       return "in " + s + " since " + seconds(ago);
     case CallState::failed:
-      return "failed in " + s + " " + seconds(ago) + " ago";
+      return "gave up after " + seconds(static_cast<double>(r->ended_ns - r->when_ns) * 1e-9) +
+             " in " + s;
     case CallState::done:
     case CallState::empty:
       return "last call was " + s + ", " + seconds(ago) + " ago";
@@ -161,6 +160,7 @@ std::string Communicator::last_call(int p) const {
 std::string Communicator::doing(int p, bool missing) const {
   const int world_rank = world_ranks_[static_cast<size_t>(p)];
   std::string s = backend_->how_it_left(p);
+  if (s == kGaveUp) return last_call(p);
   if (!s.empty()) return s + "; " + last_call(p);
   if (!world_->threads() && is_stopped(world_->pid(world_rank))) s = "is stopped (SIGSTOP); ";
   const RankEntry& e = world_->segment().rank(world_rank);
@@ -182,7 +182,8 @@ std::string Communicator::table(const std::vector<int>& missing) const {
     ++shown;
     s += "\n  rank " + std::to_string(p) + " (pid " +
          std::to_string(world_->pid(world_ranks_[static_cast<size_t>(p)])) + ")" +
-         (is_missing ? " MISSING: " : ": ") + doing(p, is_missing) + (p == rank_ ? "   (this rank)" : "");
+         (is_missing ? " MISSING: " : ": ") + doing(p, is_missing) +
+         (p == rank_ ? "   (this rank)" : "");
   }
   return s;
 }
@@ -197,8 +198,9 @@ Error Communicator::completed(const Error& error, const Call& call, uint64_t seq
       break;
     case Trouble::mismatch:
       if (transfer) {
-        out.text = where + error.text + ".\nThe message is dropped and the communicator stays "
-                                        "usable. Give both sides the same dtype and shape.";
+        out.text = where + error.text +
+                   ".\nThe message is dropped and the communicator stays "
+                   "usable. Give both sides the same dtype and shape.";
       } else {
         out.ranks.clear();
         out.text = mismatch_text(call, seq, &out.ranks);
@@ -226,9 +228,11 @@ Error Communicator::completed(const Error& error, const Call& call, uint64_t seq
         std::string how = backend_->how_it_left(p);
         if (how.empty()) how = error.text.empty() ? "has left" : "is lost: " + error.text;
         out.text += (i ? "\n  " : "") + std::string("rank ") + std::to_string(p) + " (pid " +
-                    std::to_string(world_->pid(world_rank)) + ") " + how + "; " + last_call(p) + ".";
+                    std::to_string(world_->pid(world_rank)) + ") " + how + "; " + last_call(p) +
+                    ".";
       }
-      out.text += "\nThe communicator cannot be used any more. Look at that rank's own error first.";
+      out.text +=
+          "\nThe communicator cannot be used any more. Look at that rank's own error first.";
       break;
     }
     case Trouble::backend:

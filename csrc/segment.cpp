@@ -68,8 +68,8 @@ class RobustLock {
 }  // namespace
 
 Mapping::Mapping(int fd, size_t offset, size_t bytes) : bytes_(bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
-                 static_cast<off_t>(offset));
+  void* p =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset));
   if (p == MAP_FAILED) system_error("mapping " + std::to_string(bytes) + " bytes of shared memory");
   data_ = static_cast<char*>(p);
 }
@@ -113,12 +113,11 @@ std::shared_ptr<Segment> Segment::attach(int fd) {
   struct stat st;
   uint64_t magic = 0;
   uint32_t size = 0;
-  const bool ours = fstat(fd, &st) == 0 && pread(fd, &magic, sizeof magic, 0) == sizeof magic &&
-                    magic == kMagic &&
-                    pread(fd, &size, sizeof size, offsetof(Header, size)) == sizeof size &&
-                    size >= 1 && size <= kMaxRanks &&
-                    static_cast<size_t>(st.st_size) >=
-                        fixed_bytes(sizeof(Header), static_cast<int>(size));
+  const bool ours =
+      fstat(fd, &st) == 0 && pread(fd, &magic, sizeof magic, 0) == sizeof magic &&
+      magic == kMagic && pread(fd, &size, sizeof size, offsetof(Header, size)) == sizeof size &&
+      size >= 1 && size <= kMaxRanks &&
+      static_cast<size_t>(st.st_size) >= fixed_bytes(sizeof(Header), static_cast<int>(size));
   if (!ours)
     usage("descriptor " + std::to_string(fd) +
           " is not the shared segment of a job of this meshring version; is this process a rank "
@@ -164,6 +163,7 @@ std::string Segment::site(int rank, uint32_t id) const {
 
 void Segment::set_ended(int rank, Life life, const std::string& text) {
   RankEntry& entry = ranks_[rank];
+  if (entry.life.load() == Life::raised) return;  // the exception is the better explanation
   if (!text.empty()) entry.ended.set(text);
   entry.life.store(life, std::memory_order_seq_cst);
 }

@@ -10,7 +10,7 @@ namespace meshring {
 class Hooks {
  public:
   virtual ~Hooks() = default;
-  virtual void release() {}                       // before the first yield: let the GIL go
+  virtual void release() {}                     // before the first yield: let the GIL go
   virtual bool interrupted() { return false; }  // a signal handler raised
 };
 
@@ -25,13 +25,13 @@ struct alignas(128) Event {
   void notify() {
     if (sleepers.load(std::memory_order_seq_cst) != 0) wake();
   }
-  void wake();                                      // wake everybody
+  void wake();                                     // wake everybody
   void sleep(uint32_t seen, int64_t nanoseconds);  // until wake() or the time has passed
 };
 
 struct Patience {
-  int spins = 100;            // pauses before the GIL is let go (about 5 us)
-  int more_spins = 2000;      // pauses after that, before yielding
+  int spins = 100;             // pauses before the GIL is let go (about 5 us)
+  int more_spins = 2000;       // pauses after that, before yielding
   int64_t yield_ns = 2000000;  // yield for this long before sleeping
 };
 Patience patience_for(int ranks_here);  // ranks on this host against the cores we may use

@@ -87,7 +87,8 @@ void World::meet(double timeout, Hooks& hooks) {
     const auto check = [&] {
       std::vector<int> gone;
       for (int r : missing)
-        if (segment_->rank(r).has_wait_status.load() || segment_->rank(r).life.load() > Life::running)
+        if (segment_->rank(r).has_wait_status.load() ||
+            segment_->rank(r).life.load() > Life::running)
           gone.push_back(r);
       if (all()) return;
       if (!gone.empty()) {
@@ -96,8 +97,9 @@ void World::meet(double timeout, Hooks& hooks) {
         throw Error(Trouble::peer_lost, text, gone);
       }
       if (deadline.passed())
-        throw Error(Trouble::deadline, list(missing) + " did not come within " +
-                                           std::to_string(static_cast<int64_t>(timeout)) + " s",
+        throw Error(Trouble::deadline,
+                    list(missing) + " did not come within " +
+                        std::to_string(static_cast<int64_t>(timeout)) + " s",
                     missing);
       if (hooks.interrupted()) throw Error(Trouble::interrupted, "interrupted");
     };
@@ -176,12 +178,10 @@ void World::read(int rank, const View& remote, int64_t lo, int64_t hi, const Vie
     const int64_t step = std::min(total - done, most);
     unsigned long nf = 0;
     unsigned long nt = 0;
-    for_each_piece(remote, lo + done, lo + done + step, [&](char* p, int64_t n) {
-      from[nf++] = {p, static_cast<size_t>(n)};
-    });
-    for_each_piece(local, done, done + step, [&](char* p, int64_t n) {
-      to[nt++] = {p, static_cast<size_t>(n)};
-    });
+    for_each_piece(remote, lo + done, lo + done + step,
+                   [&](char* p, int64_t n) { from[nf++] = {p, static_cast<size_t>(n)}; });
+    for_each_piece(local, done, done + step,
+                   [&](char* p, int64_t n) { to[nt++] = {p, static_cast<size_t>(n)}; });
     const ssize_t got = process_vm_readv(pid(rank), to, nt, from, nf, 0);
     if (got <= 0) {
       const int code = errno;

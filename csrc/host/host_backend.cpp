@@ -58,10 +58,14 @@ void HostBackend::await(WaitContext& wait) {
     const auto ready = [&] { return line.step.load(std::memory_order_seq_cst) == step_; };
     if (!ready()) {
       const auto missing = [this] {
+        // A rank that came and then left in trouble did so inside this call: it fails for all.
         std::vector<int> out;
-        for (int q = 0; q < n_; ++q)
-          if (q != me_ && region_.line(q, step_).step.load(std::memory_order_seq_cst) != step_)
-            out.push_back(q);
+        for (int q = 0; q < n_; ++q) {
+          if (q == me_) continue;
+          const bool came = region_.line(q, step_).step.load(std::memory_order_seq_cst) == step_;
+          const uint32_t left = region_.control(q).withdrawn.load(std::memory_order_seq_cst);
+          if (!came || (left != 0 && left != kClosed)) out.push_back(q);
+        }
         return out;
       };
       wait_for(ready, [&] { check(missing, wait); }, region_.event(), patience_, wait.hooks);
@@ -133,10 +137,10 @@ bool HostBackend::has_left(int p) const {
 std::string HostBackend::how_it_left(int p) const {
   const uint32_t why = region_.control(p).withdrawn.load(std::memory_order_seq_cst);
   const int world_rank = world_ranks_[static_cast<size_t>(p)];
-  if (world_->is_gone(world_rank) && why != kClosed) return world_->how_it_ended(world_rank);
+  if (why == left_because(Trouble::deadline)) return kGaveUp;
+  if (world_->is_gone(world_rank)) return world_->how_it_ended(world_rank);
   if (why == kClosed) return "has closed this communicator";
   if (why == left_because(Trouble::interrupted)) return "was interrupted (Ctrl-C) in its last call";
-  if (why == left_because(Trouble::deadline)) return "gave up at its own deadline";
   if (why == left_because(Trouble::peer_lost)) return "has lost a peer itself";
   if (why != 0) return "had an internal failure in its last call";
   return "";
@@ -379,8 +383,7 @@ void HostBackend::directly(const Call& call, const Blocks& blocks, WaitContext& 
 
 // out[0, bytes) = reduction of the same bytes of every input, fetched in pieces that fit the cache.
 void HostBackend::reduce_piece(const Call& call, char* out, const View* inputs, int64_t bytes) {
-  const int64_t piece =
-      std::max<int64_t>(kScratchBytes / n_ / 2, 16 << 10) / kLine * kLine;
+  const int64_t piece = std::max<int64_t>(kScratchBytes / n_ / 2, 16 << 10) / kLine * kLine;
   if (!scratch_) scratch_.reset(new char[static_cast<size_t>(piece * n_)]);
   const int64_t element = static_cast<int64_t>(size_of(call.dtype));
   for (int64_t lo = 0; lo < bytes; lo += piece) {
@@ -426,8 +429,7 @@ void HostBackend::all_reduce_directly(const Call& call, WaitContext& wait) {
     const int64_t a = cut(bytes, n_, p);
     const int64_t len = cut(bytes, n_, p + 1) - a;
     if (len > 0)
-      read(p, {outs[static_cast<size_t>(p)] + a, 1, len, len}, 0, len,
-                   {out + a, 1, len, len});
+      read(p, {outs[static_cast<size_t>(p)] + a, 1, len, len}, 0, len, {out + a, 1, len, len});
   }
   step(sign, wait);
 }

@@ -15,8 +15,8 @@ namespace meshring::host {
 
 inline constexpr int64_t kInlineBytes = 48;
 inline constexpr int64_t kSlotBytes = 256 << 10;
-inline constexpr int kHeaders = 4;             // messages announced ahead, per ordered pair
-inline constexpr int kChunks = 4;              // chunks in flight, per ordered pair
+inline constexpr int kHeaders = 4;                // messages announced ahead, per ordered pair
+inline constexpr int kChunks = 4;                 // chunks in flight, per ordered pair
 inline constexpr int64_t kChunkBytes = 32 << 10;  // also the largest message sent eagerly
 
 // One step of one rank: the flag and up to 48 bytes of data in one cache line. Two lines by parity
@@ -82,9 +82,7 @@ class Region {
   }
   int64_t controls() const { return sizeof(Event); }
   int64_t lines() const { return controls() + n_ * static_cast<int64_t>(sizeof(Control)); }
-  int64_t channels() const {
-    return page(lines() + 2 * n_ * static_cast<int64_t>(sizeof(Line)));
-  }
+  int64_t channels() const { return page(lines() + 2 * n_ * static_cast<int64_t>(sizeof(Line))); }
   int64_t slots() const {
     return page(channels() + static_cast<int64_t>(n_) * n_ * static_cast<int64_t>(sizeof(Channel)));
   }

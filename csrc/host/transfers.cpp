@@ -52,9 +52,9 @@ class HostTransfer final : public Transfer {
       h.dtype = call_.dtype;
       h.refused = 0;
       h.address = reinterpret_cast<uint64_t>(call_.in);
-      h.mode = eager ? Mode::eager
-                     : (b_.world_->transport() == Transport::shared_slots ? Mode::staged
-                                                                          : Mode::direct);
+      h.mode =
+          eager ? Mode::eager
+                : (b_.world_->transport() == Transport::shared_slots ? Mode::staged : Mode::direct);
       if (eager) {
         if (bytes_ > 0)
           std::memcpy(channel_.chunks[chunk % kChunks], call_.in, static_cast<size_t>(bytes_));

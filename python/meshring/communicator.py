@@ -197,23 +197,28 @@ def _remember_last_words(segment: _core.Segment, rank: int) -> None:
 
 
 def _at_exit() -> None:
-    pid_is_rank = _world is None or not _forked
+    """Say what was left open, and close it."""
+    if _forked:
+        return
     left = [c for c in _open if not c.closed and c is not _world]
-    if left and pid_is_rank:
+    if left:
         names = ", ".join(repr(c) for c in left)
         print(f"meshring: left open at exit: {names}; use close() or `with`", file=sys.stderr)
-    if pid_is_rank and _world is not None and not _world.closed and _world.unfinished:
+    if _world is not None and not _world.closed:
+        left.append(_world)
+    running = any(c.unfinished for c in left)
+    if running:
         print(
             "meshring: operations started with async_op, isend or irecv were still running at "
             "exit; keep their Work and wait() for it",
             file=sys.stderr,
         )
-    for comm in [*left, *([_world] if _world is not None else [])]:
-        if not comm.closed and not _forked:
-            comm._close()
-    if _job is not None and not _forked:
-        segment, rank = _job
-        segment.set_ended(rank, False, "")
+    if _job is not None and not running:  # peers then hear of the exit, not of a close()
+        _job[0].set_ended(_job[1], False, "")
+    for comm in left:
+        comm._close()
+    if _job is not None:
+        _job[0].set_ended(_job[1], False, "")
 
 
 _forked = False
