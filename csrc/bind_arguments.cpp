@@ -266,4 +266,58 @@ double read_seconds(PyObject* object, double otherwise) {
   return s;
 }
 
+bool is_auto(PyObject* sizes) {
+  return sizes && PyUnicode_Check(sizes) && PyUnicode_CompareWithASCIIString(sizes, "auto") == 0;
+}
+
+static std::string list_text(const std::vector<int64_t>& v) {
+  std::string s = "[";
+  for (size_t i = 0; i < v.size(); ++i) s += (i ? ", " : "") + std::to_string(v[i]);
+  return s + "]";
+}
+
+// numpy.array_split's lengths.
+static std::vector<int64_t> balanced(int64_t length, int n) {
+  std::vector<int64_t> v(static_cast<size_t>(n));
+  for (int i = 0; i < n; ++i) v[static_cast<size_t>(i)] = length / n + (i < length % n ? 1 : 0);
+  return v;
+}
+
+std::vector<int64_t> read_sizes(PyObject* object, int n) {
+  const char* need = "; give one length per rank, None for equal shards, or \"auto\"";
+  if (PyUnicode_Check(object) || !PySequence_Check(object))
+    usage("argument 'sizes' is " + repr_of(object) + need);
+  const py::object list = py::reinterpret_steal<py::object>(PySequence_List(object));
+  if (!list) throw py::error_already_set();
+  if (PyList_GET_SIZE(list.ptr()) != n)
+    usage("argument 'sizes' has " + std::to_string(PyList_GET_SIZE(list.ptr())) + " entries for " +
+          std::to_string(n) + " ranks" + need);
+  std::vector<int64_t> v;
+  for (int i = 0; i < n; ++i) {
+    v.push_back(read_int(PyList_GET_ITEM(list.ptr(), i), "sizes"));
+    if (v.back() < 0)
+      usage("argument 'sizes' is " + repr_of(object) + ", and no length is negative");
+  }
+  return v;
+}
+
+// The lengths that the axis of length `total` is cut into.
+std::vector<int64_t> cut_sizes(PyObject* sizes, int64_t total, int n) {
+  if (is_auto(sizes)) return balanced(total, n);
+  if (given(sizes)) {
+    std::vector<int64_t> v = read_sizes(sizes, n);
+    int64_t sum = 0;
+    for (int64_t s : v) sum += s;
+    if (sum != total)
+      usage("argument 'sizes' is " + list_text(v) + ", which add up to " + std::to_string(sum) +
+            "; the axis has length " + std::to_string(total));
+    return v;
+  }
+  if (total % n != 0)
+    usage("the axis has length " + std::to_string(total) + ", which " + std::to_string(n) +
+          " ranks cannot share equally; give sizes=, for example sizes=" +
+          list_text(balanced(total, n)) + " (which sizes=\"auto\" gives)");
+  return std::vector<int64_t>(static_cast<size_t>(n), total / n);
+}
+
 }  // namespace meshring

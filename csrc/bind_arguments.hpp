@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "dtype.hpp"
 #include "error.hpp"
@@ -60,5 +61,9 @@ int64_t read_int(PyObject* object, const char* argument);
 int read_rank(PyObject* object, const char* argument, int n);
 double read_seconds(PyObject* object, double otherwise);  // None or null: otherwise
 void check_op(DType dtype, RedOp op);
+bool is_auto(PyObject* sizes);  // sizes="auto"
+std::vector<int64_t> read_sizes(PyObject* object, int n);
+// The lengths that an axis of length `total` is cut into, by the argument 'sizes' or equally.
+std::vector<int64_t> cut_sizes(PyObject* sizes, int64_t total, int n);
 
 }  // namespace meshring

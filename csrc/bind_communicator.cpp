@@ -210,7 +210,10 @@ void bind_communicator(py::module_& m) {
       .def_property_readonly("transport",
                              [](const PyWorld& w) { return name_of(w.world->transport()); });
 
-  py::class_<PyWork>(m, "Work")
+  py::class_<PyWork>(
+      m, "Work",
+      "An operation that runs beside the program; made by async_op=True, isend and irecv.\n\n"
+      "It keeps the arrays alive; leave them alone until wait() has returned or done() says so.")
       .def("wait", &PyWork::wait, py::arg("timeout") = py::none(),
            "Block until the operation is done and return its result.\n\n"
            "Units: seconds. Errors: those of the operation; DeadlineError when the time is over.\n"

@@ -83,6 +83,7 @@ void HostBackend::step(uint64_t signature, WaitContext& wait) {
 // ---- hope -----------------------------------------------------------------------------------
 
 void HostBackend::check(const std::function<std::vector<int>()>& find_missing, WaitContext& wait) {
+  if (wait.hooks.interrupted()) throw Error(Trouble::interrupted, "interrupted by a signal");
   std::vector<int> left;
   const bool late = wait.deadline.passed();
   for (int p : find_missing())
@@ -96,7 +97,6 @@ void HostBackend::check(const std::function<std::vector<int>()>& find_missing, W
     left.erase(std::remove_if(left.begin(), left.end(), came), left.end());
     if (!missing.empty()) give_up_on(missing, left, late);
   }
-  if (wait.hooks.interrupted()) throw Error(Trouble::interrupted, "interrupted by a signal");
 }
 
 // Blames the first cause: whom a rank that left has blamed itself, rather than that rank.

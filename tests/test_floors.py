@@ -1,0 +1,101 @@
+"""The one-way order of the house: a file uses only its own floor and those below it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+CPP = {
+    0: {"dtype", "error", "view", "deadline", "call"},
+    1: {
+        "reduce",
+        "reduce_kernels",
+        "reduce_operators",
+        "reduce_portable",
+        "reduce_avx2",
+        "reduce_avx512",
+        "segment",
+        "board",
+        "wait",
+    },
+    2: {"backend", "world"},
+    3: {"host/region", "host/host_backend", "host/transfers"},
+    4: {"communicator", "report", "worker"},
+    5: {
+        "bind_arguments",
+        "bind_call",
+        "bind_collectives",
+        "bind_communicator",
+        "bind_python",
+        "bind_transfers",
+        "module",
+    },
+}
+PYTHON = {
+    0: {"errors", "_arrays"},
+    1: {"environment", "_core"},
+    2: {"backends", "backends.base"},
+    3: {"communicator", "local"},
+    7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
+}
+
+
+def floors(table: dict[int, set[str]]) -> dict[str, int]:
+    return {name: floor for floor, names in table.items() for name in names}
+
+
+def test_cpp_includes_go_down() -> None:
+    floor_of = floors(CPP)
+    source = ROOT / "csrc"
+    files = [p for p in source.rglob("*") if p.suffix in {".hpp", ".cpp"}]
+    assert len(files) > 20
+    for path in files:
+        name = str(path.relative_to(source).with_suffix(""))
+        assert name in floor_of, f"csrc/{name} has no floor in tests/test_floors.py"
+        text = path.read_text()
+        for included in re.findall(r'#include "([^"]+)"', text):
+            target = (path.parent / included).resolve()
+            if not target.exists():
+                target = (source / included).resolve()
+            other = str(target.relative_to(source).with_suffix(""))
+            assert floor_of[other] <= floor_of[name], f"{name} includes {other} from a floor above"
+        if floor_of[name] < 5:
+            assert "Python.h" not in text and "pybind11" not in text, name
+
+
+def test_python_imports_go_down() -> None:
+    floor_of = floors(PYTHON)
+    package = ROOT / "python" / "meshring"
+    for path in package.rglob("*.py"):
+        name = ".".join(path.relative_to(package).with_suffix("").parts)
+        name = name.removesuffix(".__init__")
+        if name == "__init__":
+            continue
+        assert name in floor_of, f"meshring.{name} has no floor in tests/test_floors.py"
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets: list[str] = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                if node.module == "meshring":
+                    targets = [alias.name for alias in node.names]
+                elif node.module.startswith("meshring."):
+                    targets = [node.module.removeprefix("meshring.")]
+            elif isinstance(node, ast.Import):
+                targets = [
+                    alias.name.removeprefix("meshring.")
+                    for alias in node.names
+                    if alias.name.startswith("meshring.")
+                ]
+            for target in targets:
+                if target in floor_of:
+                    assert floor_of[target] <= floor_of[name], f"{name} imports {target}"
+
+
+def test_files_stay_small() -> None:
+    for folder in ("csrc", "python", "tests", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".cpp", ".hpp", ".cu"}:
+                lines = len(path.read_text().splitlines())
+                assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines"
