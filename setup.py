@@ -27,8 +27,8 @@ class BuildExtension(build_ext):
         if not header.exists():
             version = f"{sys.version_info.major}.{sys.version_info.minor}"
             sys.exit(
-                f"meshring cannot be built: {header} is missing; install Python's headers, on Debian "
-                f"and Ubuntu with: apt-get install python3-dev (or python{version}-dev)"
+                f"meshring cannot be built: {header} is missing; install Python's headers, on "
+                f"Debian and Ubuntu with: apt-get install python3-dev (or python{version}-dev)"
             )
         super().run()
 

@@ -1,4 +1,4 @@
-"""Every rank says hello, and all of them add up their arrays: meshring run -n 4 examples/hello.py."""
+"""Ranks say hello and add up their arrays: meshring run -n 4 examples/hello.py."""
 
 import numpy as np
 

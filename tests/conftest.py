@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from procs import MARK
+
+SESSION = "MRTEST_SESSION"  # in the environment of this process and all that it starts
+os.environ[SESSION] = uuid.uuid4().hex
 
 settings.register_profile("meshring", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("meshring")
 
 
 def _started_by_tests() -> list[str]:
+    wanted = f"{SESSION}={os.environ[SESSION]}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if MARK.encode() in (entry / "environ").read_bytes():
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(f"{entry.name}: {(entry / 'cmdline').read_bytes()[:200]!r}")
         except OSError:
             continue

@@ -6,6 +6,7 @@ import random
 import signal
 
 import pytest
+
 from procs import MARK, launched, run_ranks, wait_gone
 
 PREAMBLE = """

@@ -1,11 +1,11 @@
 """Collectives, meshes and sharded arrays for people who write NumPy and CuPy.
 
-    import numpy as np
-    import meshring as mr
+import numpy as np
+import meshring as mr
 
-    comm = mr.init()
-    x = np.arange(8, dtype="f4") + comm.rank
-    comm.all_reduce(x)
+comm = mr.init()
+x = np.arange(8, dtype="f4") + comm.rank
+comm.all_reduce(x)
 """
 
 from meshring._core import Work

@@ -1,4 +1,4 @@
-"""Makes NumPy arrays of what is not one, without a copy; called by the extension on its slow path."""
+"""Makes NumPy arrays of what is not one, without a copy; the extension's slow path."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def as_array(obj: Any, argument: str) -> Any:
     if isinstance(obj, np.ndarray):
         return obj.view(np.ndarray)
     if hasattr(obj, "__cuda_array_interface__"):
+        kind = f"{type(obj).__module__}.{type(obj).__name__}"
         return (
-            f"argument '{argument}' is a device array ({type(obj).__module__}.{type(obj).__name__}); "
-            "this version of meshring has the host backend only: copy it to the host first, "
-            "for example x.get()"
+            f"argument '{argument}' is a device array ({kind}); this version of "
+            "meshring has the host backend only: copy it to the host first, for example x.get()"
         )
     if isinstance(obj, (list, tuple, int, float, complex, str, type(None), np.generic)):
         return (
@@ -39,8 +39,8 @@ def as_array(obj: Any, argument: str) -> Any:
         except Exception as error:  # what an exporter raises is its own
             return f"argument '{argument}' gave no host memory through DLPack: {error}"
     return (
-        f"argument '{argument}' is {_a(obj)}, an array is needed: a numpy.ndarray, or anything with "
-        "the buffer protocol or DLPack on the host"
+        f"argument '{argument}' is {_a(obj)}, an array is needed: a numpy.ndarray, or anything "
+        "with the buffer protocol or DLPack on the host"
     )
 
 

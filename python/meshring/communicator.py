@@ -35,7 +35,7 @@ class Communicator(_core.Communicator):
             super().__init__(source)
         else:
             raise UsageError(
-                "Communicator: call meshring.init() to join a job, or comm.split() for a part of one"
+                "Communicator: call meshring.init() to join a job, or comm.split() for a part"
             )
         self._name = "world" if isinstance(source, _core.World) else "a split"
         _open.add(self)

@@ -1,4 +1,4 @@
-"""What meshring raises. Every message names operation, rank, argument, given, needed and the fix."""
+"""What meshring raises; a message names operation, rank, argument, given, needed, the fix."""
 
 from __future__ import annotations
 
