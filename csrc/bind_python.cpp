@@ -6,24 +6,28 @@
 
 namespace meshring {
 
+namespace {
+
+// Found at import: a static initialiser that may let the GIL go deadlocks with a second thread.
+unsigned long main_thread = 0;
+std::string package;  // meshring's directory, with a slash
+
+}  // namespace
+
+void init_python() {
+  PyObject* threading = PyImport_ImportModule("threading");
+  PyObject* thread = threading ? PyObject_CallMethod(threading, "main_thread", nullptr) : nullptr;
+  PyObject* ident = thread ? PyObject_GetAttrString(thread, "ident") : nullptr;
+  if (ident) main_thread = PyLong_AsUnsignedLong(ident);
+  PyObject* module = PyDict_GetItemString(PyImport_GetModuleDict(), "meshring");  // borrowed
+  PyObject* file = module ? PyObject_GetAttrString(module, "__file__") : nullptr;
+  if (const char* text = file ? PyUnicode_AsUTF8(file) : nullptr) package = text;
+  package = package.substr(0, package.rfind('/') + 1);
+  for (PyObject* object : {file, ident, thread, threading}) Py_XDECREF(object);
+  PyErr_Clear();
+}
+
 bool GilHooks::interrupted() {
-  static const unsigned long main_thread = [] {
-    PyGILState_STATE state = PyGILState_Ensure();
-    unsigned long ident = 0;
-    if (PyObject* threading = PyImport_ImportModule("threading")) {
-      if (PyObject* thread = PyObject_CallMethod(threading, "main_thread", nullptr)) {
-        if (PyObject* number = PyObject_GetAttrString(thread, "ident")) {
-          ident = PyLong_AsUnsignedLong(number);
-          Py_DECREF(number);
-        }
-        Py_DECREF(thread);
-      }
-      Py_DECREF(threading);
-    }
-    PyErr_Clear();
-    PyGILState_Release(state);
-    return ident;
-  }();
   if (PyThread_get_thread_ident() != main_thread) return false;
   const bool was_released = saved_ != nullptr;
   restore();
@@ -67,18 +71,6 @@ bool is_own(PyCodeObject* code) {
   auto& codes = own_code();
   const auto found = codes.find(reinterpret_cast<PyObject*>(code));
   if (found != codes.end()) return found->second;
-  static const std::string package = [] {
-    std::string dir;
-    if (PyObject* module = PyImport_ImportModule("meshring")) {
-      if (PyObject* file = PyObject_GetAttrString(module, "__file__")) {
-        if (const char* text = PyUnicode_AsUTF8(file)) dir = text;
-        Py_DECREF(file);
-      }
-      Py_DECREF(module);
-    }
-    PyErr_Clear();
-    return dir.substr(0, dir.rfind('/') + 1);
-  }();
   const char* file = PyUnicode_AsUTF8(code->co_filename);
   if (!file) PyErr_Clear();
   const bool own =

@@ -32,6 +32,8 @@ class GilHooks final : public Hooks {
   PyThreadState* saved_ = nullptr;
 };
 
+void init_python();  // once, at import
+
 // Number of the caller's file and line, added by `add` when first seen. Frames of meshring's own
 // Python code are passed over. Needs the GIL.
 uint32_t caller_site(const void* owner, const std::function<uint32_t(const std::string&)>& add);
