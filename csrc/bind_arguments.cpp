@@ -15,6 +15,7 @@ constexpr int kWriteable = 0x0400;
 PyObject* ndarray_type = nullptr;
 PyObject* numpy_empty = nullptr;
 PyObject* numpy_dtype = nullptr;
+PyObject* as_array = nullptr;  // meshring._arrays.as_array
 PyObject* descriptors[kDTypeCount] = {};  // dtype singletons; ml_dtypes' on demand
 
 bool is_ml_dtype(int i) {
@@ -78,8 +79,6 @@ void read_numpy(PyObject* object, const char* argument, Array& a, int* flags) {
 
 // Anything that is not exactly an ndarray goes through Python once.
 py::object coerced(PyObject* object, const char* argument) {
-  static PyObject* as_array =
-      py::object(py::module_::import("meshring._arrays").attr("as_array")).release().ptr();
   py::object result =
       py::reinterpret_steal<py::object>(PyObject_CallFunction(as_array, "Os", object, argument));
   if (!result) throw py::error_already_set();
@@ -106,6 +105,7 @@ void init_arrays() {
   ndarray_type = py::object(numpy.attr("ndarray")).release().ptr();
   numpy_empty = py::object(numpy.attr("empty")).release().ptr();
   numpy_dtype = py::object(numpy.attr("dtype")).release().ptr();
+  as_array = py::object(py::module_::import("meshring._arrays").attr("as_array")).release().ptr();
   for (int i = 0; i < kDTypeCount; ++i)
     if (!is_ml_dtype(i))
       descriptors[i] =

@@ -106,6 +106,7 @@ PYBIND11_MODULE(_core, m) {
       set_python_error(error);
     }
   });
+  init_python();
   init_arrays();
   m.def("build_info", &build_info);
   m.def("usable_cores", &usable_cores);
