@@ -148,7 +148,7 @@ std::string Communicator::last_call(int p) const {
     case CallState::running:
       return "in " + s + " since " + seconds(ago);
     case CallState::failed:
-      return "gave up after " + seconds(static_cast<double>(r->ended_ns - r->when_ns) * 1e-9) +
+      return "failed after " + seconds(static_cast<double>(r->ended_ns - r->when_ns) * 1e-9) +
              " in " + s;
     case CallState::done:
     case CallState::empty:
