@@ -15,7 +15,7 @@ constexpr int kWriteable = 0x0400;
 PyObject* ndarray_type = nullptr;
 PyObject* numpy_empty = nullptr;
 PyObject* numpy_dtype = nullptr;
-PyObject* as_array = nullptr;  // meshring._arrays.as_array
+PyObject* as_array = nullptr;             // meshring._arrays.as_array
 PyObject* descriptors[kDTypeCount] = {};  // dtype singletons; ml_dtypes' on demand
 
 bool is_ml_dtype(int i) {

@@ -210,6 +210,7 @@ py::object join(PyObject* self, PyCommunicator& comm, CallKind kind, PyObject* x
                 PyObject* async_op) {
   const int n = comm.c->size();
   const int me = comm.c->rank();
+  const double seconds = read_seconds(timeout, comm.c->timeout());
   Call call;
   call.kind = kind;
   call.root = root;
@@ -225,7 +226,7 @@ py::object join(PyObject* self, PyCommunicator& comm, CallKind kind, PyObject* x
       call.site = site_of(comm.c->world());
       GilHooks hooks;
       if (comm.c->world().threads()) hooks.release();
-      lengths = comm.c->exchange({a.length}, call, read_seconds(timeout, comm.c->timeout()), hooks);
+      lengths = comm.c->exchange({a.length}, call, seconds, hooks);
     } else {
       lengths = read_sizes(sizes, n);
       if (lengths[static_cast<size_t>(me)] != a.length)
@@ -310,6 +311,7 @@ PyObject* scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
   return at_the_door(self, "scatter", [&](PyCommunicator& comm) {
     PyObject* v[kMaxArgs] = {};
     parse(scatter_parameters, args, nargs, kwnames, v);
+    const double seconds = read_seconds(v[5], comm.c->timeout());
     const int n = comm.c->size();
     const int me = comm.c->rank();
     Call call;
@@ -352,7 +354,7 @@ PyObject* scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
       first.site = site_of(comm.c->world());
       GilHooks hooks;
       if (comm.c->world().threads()) hooks.release();
-      comm.c->run(first, read_seconds(v[5], comm.c->timeout()), hooks);
+      comm.c->run(first, seconds, hooks);
     }
     if (refused) throw *refused;
     if (head[0] != 1)
@@ -386,6 +388,7 @@ PyObject* all_to_all(PyObject* self, PyObject* const* args, Py_ssize_t nargs, Py
   return at_the_door(self, "all_to_all", [&](PyCommunicator& comm) {
     PyObject* v[kMaxArgs] = {};
     parse(all_to_all_parameters, args, nargs, kwnames, v);
+    const double seconds = read_seconds(v[4], comm.c->timeout());
     const int n = comm.c->size();
     const int me = comm.c->rank();
     Call call;
@@ -401,8 +404,7 @@ PyObject* all_to_all(PyObject* self, PyObject* const* args, Py_ssize_t nargs, Py
       call.site = site_of(comm.c->world());
       GilHooks hooks;
       if (comm.c->world().threads()) hooks.release();
-      std::vector<int64_t> matrix =
-          comm.c->exchange(sizes, call, read_seconds(v[4], comm.c->timeout()), hooks);
+      std::vector<int64_t> matrix = comm.c->exchange(sizes, call, seconds, hooks);
       total = 0;
       for (int i = 0; i < n; ++i) total += matrix[static_cast<size_t>(i * n + me)];
       set_sizes(call, std::move(matrix));

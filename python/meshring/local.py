@@ -61,6 +61,7 @@ def run_local(
         for rank in range(size):
             segment.set_ended(rank, True, repr(error))
         raise
+    segment.close()  # now, even where a traceback keeps this frame alive
     if failures:
         raise _first_cause(failures)
     return results  # type: ignore[return-value]
