@@ -1,5 +1,7 @@
 #include "host_backend.hpp"
 
+#include <poll.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -331,6 +333,9 @@ void HostBackend::read(int p, const View& remote, int64_t lo, int64_t hi, const 
   try {
     world_->read(world_ranks_[static_cast<size_t>(p)], remote, lo, hi, local);
   } catch (const Error& error) {
+    // A dying process loses its memory a moment before its pidfd says so.
+    for (int i = 0; i < 200 && error.trouble == Trouble::peer_lost && !has_left(p); ++i)
+      poll(nullptr, 0, 1);
     throw Error(error.trouble, error.text, {p});  // in the numbering of this communicator
   }
 }
