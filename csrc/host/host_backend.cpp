@@ -166,6 +166,8 @@ void HostBackend::close() { leave(kClosed, -1); }
 // ---- collectives ----------------------------------------------------------------------------
 
 bool HostBackend::goes_direct(const Call& call, const Blocks& blocks) const {
+  // Three steps and two calls of the kernel cost more than one round through the cache.
+  if (call.kind == CallKind::all_reduce && blocks.largest() <= kSlotBytes) return false;
   switch (world_->transport()) {
     case Transport::threads:
       return true;
