@@ -2,6 +2,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace meshring {
@@ -159,7 +160,11 @@ DType dtype_of(PyObject* anything, const char* argument) {
       }
   }
   PyObject* descriptor = PyObject_CallOneArg(numpy_dtype, anything);
-  if (!descriptor) throw py::error_already_set();
+  if (!descriptor) {
+    PyErr_Clear();
+    usage(std::string("argument '") + argument + "' is " + repr_of(anything) +
+          ", which numpy.dtype() does not understand; give a dtype, for example 'float32'");
+  }
   const py::object owner = py::reinterpret_steal<py::object>(descriptor);
   const std::optional<DType> found = find(descriptor);
   if (!found) refuse_dtype(descriptor, argument);
@@ -318,6 +323,75 @@ std::vector<int64_t> cut_sizes(PyObject* sizes, int64_t total, int n) {
           " ranks cannot share equally; give sizes=, for example sizes=" +
           list_text(balanced(total, n)) + " (which sizes=\"auto\" gives)");
   return std::vector<int64_t>(static_cast<size_t>(n), total / n);
+}
+
+// ---- shapes ---------------------------------------------------------------------------------
+
+void describe(Call& call, const Array& a) {
+  call.dtype = a.dtype;
+  call.count = a.count;
+  call.ndim = static_cast<uint8_t>(a.ndim);
+  for (int i = 0; i < a.ndim && i < kMaxDims; ++i) call.dims[i] = a.shape[i];
+}
+
+void whole(Call& call, const Array& a) {
+  describe(call, a);
+  call.unit = static_cast<int64_t>(size_of(a.dtype));
+  call.length = a.count;
+}
+
+Along along(Call& call, DType dtype, const Py_ssize_t* shape, int ndim, int64_t axis) {
+  Along a;
+  a.shape.assign(shape, shape + ndim);
+  if (ndim == 0) a.shape.push_back(1);
+  const int dims = static_cast<int>(a.shape.size());
+  if (axis < -dims || axis >= dims)
+    usage("argument 'axis' is " + std::to_string(axis) + ", and x has shape " +
+          shape_text(ndim, shape) + "; give " + std::to_string(-dims) + " to " +
+          std::to_string(dims - 1));
+  a.axis = static_cast<int>(axis < 0 ? axis + dims : axis);
+  a.length = a.shape[static_cast<size_t>(a.axis)];
+  call.axis = static_cast<int8_t>(a.axis);
+  call.outer = 1;
+  call.unit = static_cast<int64_t>(size_of(dtype));
+  for (int i = 0; i < a.axis; ++i) call.outer *= a.shape[static_cast<size_t>(i)];
+  for (int i = a.axis + 1; i < dims; ++i) call.unit *= a.shape[static_cast<size_t>(i)];
+  return a;
+}
+
+void set_sizes(Call& call, std::vector<int64_t> sizes) {
+  bool equal = true;
+  for (int64_t s : sizes) equal = equal && s == sizes[0];
+  call.length = equal ? sizes[0] : 0;
+  if (!equal) call.sizes = std::move(sizes);
+}
+
+void check_out(const Array& out, DType dtype, const std::vector<Py_ssize_t>& shape) {
+  const int ndim = static_cast<int>(shape.size());
+  if (out.dtype == dtype && out.ndim == ndim && std::equal(shape.begin(), shape.end(), out.shape))
+    return;
+  usage("argument 'out' is " + std::string(name_of(out.dtype)) + " " +
+        shape_text(out.ndim, out.shape) + "; " + name_of(dtype) + " " +
+        shape_text(ndim, shape.data()) + " is needed");
+}
+
+void check_overlap(const Array& in, const char* out, int64_t out_bytes, const char* in_place) {
+  if (in.bytes() == 0 || out_bytes == 0 || in.data == in_place) return;
+  if (in.data < out + out_bytes && out < in.data + in.bytes())
+    usage("argument 'out' overlaps 'x' in memory; give an out that does not");
+}
+
+Array output_for(Call& call, PyObject* out, DType dtype, const std::vector<Py_ssize_t>& shape) {
+  Array a;
+  if (given(out)) {
+    a = read_output(out, "out");
+    check_out(a, dtype, shape);
+  } else {
+    const py::object made = new_array(static_cast<int>(shape.size()), shape.data(), dtype);
+    a = read_output(made.ptr(), "out");
+  }
+  call.out = a.data;
+  return a;
 }
 
 }  // namespace meshring

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "call.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
 
@@ -65,5 +66,31 @@ bool is_auto(PyObject* sizes);  // sizes="auto"
 std::vector<int64_t> read_sizes(PyObject* object, int n);
 // The lengths that an axis of length `total` is cut into, by the argument 'sizes' or equally.
 std::vector<int64_t> cut_sizes(PyObject* sizes, int64_t total, int n);
+
+// Fills in what a call says of its array.
+void describe(Call& call, const Array& a);
+void whole(Call& call, const Array& a);  // the same, as one block without an axis
+
+// A shape seen along one axis; a 0-d array counts as one of length 1.
+struct Along {
+  int axis = 0;
+  int64_t length = 1;
+  std::vector<Py_ssize_t> shape;
+
+  std::vector<Py_ssize_t> with(int64_t other) const {
+    std::vector<Py_ssize_t> s = shape;
+    s[static_cast<size_t>(axis)] = static_cast<Py_ssize_t>(other);
+    return s;
+  }
+};
+
+Along along(Call& call, DType dtype, const Py_ssize_t* shape, int ndim, int64_t axis);
+// Equal lengths are one number, so that sizes=[2, 2] and sizes=None are the same call.
+void set_sizes(Call& call, std::vector<int64_t> sizes);
+void check_out(const Array& out, DType dtype, const std::vector<Py_ssize_t>& shape);
+// out may be x's own place in it (`in_place`), and otherwise must not overlap x.
+void check_overlap(const Array& in, const char* out, int64_t out_bytes, const char* in_place);
+// `out` when given, else a new array. Sets call.out.
+Array output_for(Call& call, PyObject* out, DType dtype, const std::vector<Py_ssize_t>& shape);
 
 }  // namespace meshring

@@ -19,6 +19,7 @@ class Inside {
   PyCommunicator& comm_;
 };
 
+std::string door_of(const PyCommunicator& comm, const char* operation);
 uint32_t site_of(World& world);  // of the Python code that called
 PyCommunicator& unwrap(PyObject* self);
 
@@ -31,8 +32,7 @@ PyObject* at_the_door(PyObject* self, const char* operation, Body&& body) {
     return body(*comm).release().ptr();
   } catch (const Error& error) {
     if (error.trouble == Trouble::usage)
-      set_python_error(error, std::string(operation) + " (rank " + std::to_string(comm->c->rank()) +
-                                  "/" + std::to_string(comm->c->size()) + "): ");
+      set_python_error(error, door_of(*comm, operation));
     else
       set_python_error(error);
   } catch (py::error_already_set& error) {

@@ -30,91 +30,6 @@ py::object run(PyObject* self, PyCommunicator& comm, Call& call, const Array* in
   return result;
 }
 
-// ---- shapes ---------------------------------------------------------------------------------
-
-void describe(Call& call, const Array& a) {
-  call.dtype = a.dtype;
-  call.count = a.count;
-  call.ndim = static_cast<uint8_t>(a.ndim);
-  for (int i = 0; i < a.ndim && i < kMaxDims; ++i) call.dims[i] = a.shape[i];
-}
-
-void whole(Call& call, const Array& a) {
-  describe(call, a);
-  call.unit = static_cast<int64_t>(size_of(a.dtype));
-  call.length = a.count;
-}
-
-// A shape seen along one axis; a 0-d array counts as one of length 1.
-struct Along {
-  int axis = 0;
-  int64_t length = 1;
-  std::vector<Py_ssize_t> shape;
-
-  std::vector<Py_ssize_t> with(int64_t other) const {
-    std::vector<Py_ssize_t> s = shape;
-    s[static_cast<size_t>(axis)] = static_cast<Py_ssize_t>(other);
-    return s;
-  }
-};
-
-Along along(Call& call, DType dtype, const Py_ssize_t* shape, int ndim, int64_t axis) {
-  Along a;
-  a.shape.assign(shape, shape + ndim);
-  if (ndim == 0) a.shape.push_back(1);
-  const int dims = static_cast<int>(a.shape.size());
-  if (axis < -dims || axis >= dims)
-    usage("argument 'axis' is " + std::to_string(axis) + ", and x has shape " +
-          shape_text(ndim, shape) + "; give " + std::to_string(-dims) + " to " +
-          std::to_string(dims - 1));
-  a.axis = static_cast<int>(axis < 0 ? axis + dims : axis);
-  a.length = a.shape[static_cast<size_t>(a.axis)];
-  call.axis = static_cast<int8_t>(a.axis);
-  call.outer = 1;
-  call.unit = static_cast<int64_t>(size_of(dtype));
-  for (int i = 0; i < a.axis; ++i) call.outer *= a.shape[static_cast<size_t>(i)];
-  for (int i = a.axis + 1; i < dims; ++i) call.unit *= a.shape[static_cast<size_t>(i)];
-  return a;
-}
-
-// Equal lengths are one number, so that sizes=[2, 2] and sizes=None are the same call.
-void set_sizes(Call& call, std::vector<int64_t> sizes) {
-  bool equal = true;
-  for (int64_t s : sizes) equal = equal && s == sizes[0];
-  call.length = equal ? sizes[0] : 0;
-  if (!equal) call.sizes = std::move(sizes);
-}
-
-void check_out(const Array& out, DType dtype, const std::vector<Py_ssize_t>& shape) {
-  const int ndim = static_cast<int>(shape.size());
-  if (out.dtype == dtype && out.ndim == ndim && std::equal(shape.begin(), shape.end(), out.shape))
-    return;
-  usage("argument 'out' is " + std::string(name_of(out.dtype)) + " " +
-        shape_text(out.ndim, out.shape) + "; " + name_of(dtype) + " " +
-        shape_text(ndim, shape.data()) + " is needed");
-}
-
-// out may be x's own place in it (offset bytes in), and otherwise must not overlap x.
-void check_overlap(const Array& in, const char* out, int64_t out_bytes, const char* in_place) {
-  if (in.bytes() == 0 || out_bytes == 0 || in.data == in_place) return;
-  if (in.data < out + out_bytes && out < in.data + in.bytes())
-    usage("argument 'out' overlaps 'x' in memory; give an out that does not");
-}
-
-// The output for a call: `out` when given, else a new array. Sets call.out.
-Array output_for(Call& call, PyObject* out, DType dtype, const std::vector<Py_ssize_t>& shape) {
-  Array a;
-  if (given(out)) {
-    a = read_output(out, "out");
-    check_out(a, dtype, shape);
-  } else {
-    const py::object made = new_array(static_cast<int>(shape.size()), shape.data(), dtype);
-    a = read_output(made.ptr(), "out");
-  }
-  call.out = a.data;
-  return a;
-}
-
 // ---- all_reduce, reduce, broadcast, barrier -------------------------------------------------
 
 Parameters all_reduce_parameters{"all_reduce", 3, 1, {"x", "op", "out", "timeout", "async_op"}};
@@ -205,12 +120,50 @@ PyObject* barrier(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
 
 // ---- all_gather, gather ---------------------------------------------------------------------
 
+// With sizes="auto" the lengths are exchanged first, and with them the length that out= has on each
+// rank (-1: none). So a wrong out is refused on all ranks together, and none goes on alone.
+constexpr int64_t kNoOut = -1;
+
+int64_t out_length(PyObject* out, const Along& a, DType dtype) {
+  if (!given(out)) return kNoOut;
+  const Array array = read_output(out, "out");
+  const int64_t length =
+      array.ndim == static_cast<int>(a.shape.size()) ? array.shape[a.axis] : a.length;
+  check_out(array, dtype, a.with(length));
+  return length;
+}
+
+void check_all_outs(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needed,
+                    int axis, int me) {
+  for (int turn = 0; turn < 2; ++turn) {  // this rank's own trouble first
+    for (int p = 0; p < static_cast<int>(lengths.size()); ++p) {
+      const size_t i = static_cast<size_t>(p);
+      if ((turn == 0) != (p == me) || lengths[i] == kNoOut || lengths[i] == needed[i]) continue;
+      usage((p == me ? std::string("argument 'out'")
+                     : "argument 'out' of rank " + std::to_string(p)) +
+            " has length " + std::to_string(lengths[i]) + " along axis " + std::to_string(axis) +
+            "; " + std::to_string(needed[i]) + " is needed; nothing was sent");
+    }
+  }
+}
+
+// One row of int64 per rank, before the operation itself.
+std::vector<int64_t> exchange(PyCommunicator& comm, const std::vector<int64_t>& mine, Call& call,
+                              double seconds) {
+  Inside inside(comm);
+  call.site = site_of(comm.c->world());
+  GilHooks hooks;
+  if (comm.c->world().threads()) hooks.release();
+  return comm.c->exchange(mine, call, seconds, hooks);
+}
+
 py::object join(PyObject* self, PyCommunicator& comm, CallKind kind, PyObject* x, int root,
                 PyObject* axis, PyObject* sizes, PyObject* out, PyObject* timeout,
                 PyObject* async_op) {
+  const double seconds = read_seconds(timeout, comm.c->timeout());
   const int n = comm.c->size();
   const int me = comm.c->rank();
-  const double seconds = read_seconds(timeout, comm.c->timeout());
+  const bool receives = kind == CallKind::all_gather || me == root;
   Call call;
   call.kind = kind;
   call.root = root;
@@ -219,28 +172,35 @@ py::object join(PyObject* self, PyCommunicator& comm, CallKind kind, PyObject* x
   const Along a = along(call, in.dtype, in.shape, in.ndim, axis ? read_int(axis, "axis") : 0);
   call.length = a.length;
   int64_t total = a.length * n;
-  if (given(sizes)) {
-    std::vector<int64_t> lengths;
-    if (is_auto(sizes)) {
-      Inside inside(comm);
-      call.site = site_of(comm.c->world());
-      GilHooks hooks;
-      if (comm.c->world().threads()) hooks.release();
-      lengths = comm.c->exchange({a.length}, call, seconds, hooks);
-    } else {
-      lengths = read_sizes(sizes, n);
-      if (lengths[static_cast<size_t>(me)] != a.length)
-        usage("argument 'sizes' says " + std::to_string(lengths[static_cast<size_t>(me)]) +
-              " for this rank, and axis " + std::to_string(a.axis) + " of x has length " +
-              std::to_string(a.length));
+  if (is_auto(sizes)) {
+    const int64_t have = receives ? out_length(out, a, in.dtype) : kNoOut;
+    if (have != kNoOut) {
+      const Array result = read_output(out, "out");
+      check_overlap(in, result.data, result.bytes(), nullptr);
     }
+    const std::vector<int64_t> all = exchange(comm, {a.length, have}, call, seconds);
+    std::vector<int64_t> lengths;
+    std::vector<int64_t> outs;
+    total = 0;
+    for (size_t i = 0; i < all.size(); i += 2) {
+      lengths.push_back(all[i]);
+      outs.push_back(all[i + 1]);
+      total += all[i];
+    }
+    check_all_outs(outs, std::vector<int64_t>(outs.size(), total), a.axis, me);
+    set_sizes(call, std::move(lengths));
+  } else if (given(sizes)) {
+    std::vector<int64_t> lengths = read_sizes(sizes, n);
+    if (lengths[static_cast<size_t>(me)] != a.length)
+      usage("argument 'sizes' says " + std::to_string(lengths[static_cast<size_t>(me)]) +
+            " for this rank, and axis " + std::to_string(a.axis) + " of x has length " +
+            std::to_string(a.length));
     total = 0;
     for (int64_t s : lengths) total += s;
     set_sizes(call, std::move(lengths));
   }
   call.in = in.data;
-  if (kind == CallKind::gather && me != root)
-    return run(self, comm, call, &in, nullptr, py::none(), timeout, async_op);
+  if (!receives) return run(self, comm, call, &in, nullptr, py::none(), timeout, async_op);
   const Array result = output_for(call, out, in.dtype, a.with(total));
   const View own = Blocks(call, n).output(me, me, call.out);
   check_overlap(in, result.data, result.bytes(), own.contiguous() ? own.data : nullptr);
@@ -301,8 +261,28 @@ PyObject* reduce_scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs
   });
 }
 
-// What the root of a scatter tells the others: is it well, dtype, ndim, axis, shape, lengths.
-constexpr size_t kScatterHead = 4 + kMaxDims;
+// What a rank says before a scatter. Root: what it scatters. The others: what out= they have.
+struct ScatterHead {
+  enum State : int64_t { refused, stated, no_out };
+  static constexpr size_t kWords = 4 + kMaxDims;
+  static size_t words(int n) { return kWords + static_cast<size_t>(n); }
+
+  static std::vector<int64_t> of(DType dtype, const std::vector<Py_ssize_t>& shape, int axis,
+                                 const std::vector<int64_t>& sizes) {
+    if (shape.size() > kMaxDims) usage("an array of more than 8 dimensions; reshape it");
+    std::vector<int64_t> head(kWords);
+    head[0] = stated;
+    head[1] = static_cast<int64_t>(dtype);
+    head[2] = static_cast<int64_t>(shape.size());
+    head[3] = axis;
+    std::copy(shape.begin(), shape.end(), head.begin() + 4);
+    head.insert(head.end(), sizes.begin(), sizes.end());
+    return head;
+  }
+  static std::vector<Py_ssize_t> shape(const int64_t* head) {
+    return {head + 4, head + 4 + head[2]};
+  }
+};
 
 Parameters scatter_parameters{
     "scatter", 5, 1, {"x", "root", "axis", "sizes", "out", "timeout", "async_op"}};
@@ -314,70 +294,67 @@ PyObject* scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
     const double seconds = read_seconds(v[5], comm.c->timeout());
     const int n = comm.c->size();
     const int me = comm.c->rank();
+    const size_t words = ScatterHead::words(n);
     Call call;
     call.kind = CallKind::scatter;
     call.root = v[1] ? read_rank(v[1], "root", n) : 0;
-    const size_t words = kScatterHead + static_cast<size_t>(n);
-    std::vector<int64_t> head(words);
-    std::vector<int64_t> heads;
+    std::vector<int64_t> head{ScatterHead::no_out};
     Array in;
-    std::optional<Error> refused;  // told to the others before it is raised here
-    if (me == call.root) {
-      try {
+    std::optional<Error> refusal;  // told to the others before it is raised here
+    try {
+      if (me == call.root) {
         in = read_input(v[0], "x");
-        if (in.ndim > kMaxDims) usage("argument 'x' has more than 8 dimensions; reshape it");
-        Call scratch;
-        const Along a =
-            along(scratch, in.dtype, in.shape, in.ndim, v[2] ? read_int(v[2], "axis") : 0);
+        const Along a = along(call, in.dtype, in.shape, in.ndim, v[2] ? read_int(v[2], "axis") : 0);
         const std::vector<int64_t> sizes = cut_sizes(v[3], a.length, n);
-        head[0] = 1;
-        head[1] = static_cast<int64_t>(in.dtype);
-        head[2] = static_cast<int64_t>(a.shape.size());
-        head[3] = a.axis;
-        for (size_t i = 0; i < a.shape.size(); ++i) head[4 + i] = a.shape[i];
-        std::copy(sizes.begin(), sizes.end(), head.begin() + kScatterHead);
-      } catch (const Error& error) {
-        refused = error;
+        head = ScatterHead::of(in.dtype, a.shape, a.axis, sizes);
+        if (given(v[4]))
+          check_out(read_output(v[4], "out"), in.dtype, a.with(sizes[static_cast<size_t>(me)]));
+      } else if (given(v[4])) {
+        const Array out = read_output(v[4], "out");
+        head = ScatterHead::of(out.dtype, {out.shape, out.shape + out.ndim}, 0, {});
       }
-      for (int i = 0; i < n; ++i) heads.insert(heads.end(), head.begin(), head.end());
+    } catch (const Error& error) {
+      refusal = error;
+      head[0] = ScatterHead::refused;
     }
-    {
-      Call first;
-      first.kind = first.part_of = CallKind::scatter;
-      first.dtype = DType::int64;
-      first.root = call.root;
-      first.unit = sizeof(int64_t);
-      first.length = static_cast<int64_t>(words);
-      first.in = heads.data();
-      first.out = head.data();
-      Inside inside(comm);
-      first.site = site_of(comm.c->world());
-      GilHooks hooks;
-      if (comm.c->world().threads()) hooks.release();
-      comm.c->run(first, seconds, hooks);
+    head.resize(words);
+    const std::vector<int64_t> heads = exchange(comm, head, call, seconds);
+    if (refusal) throw *refusal;
+    for (int p = 0; p < n; ++p)
+      if (heads[static_cast<size_t>(p) * words] == ScatterHead::refused)
+        usage("rank " + std::to_string(p) +
+              " refused its own arguments, see its error; nothing was sent");
+    const int64_t* said = heads.data() + static_cast<size_t>(call.root) * words;
+    const std::vector<Py_ssize_t> shape = ScatterHead::shape(said);
+    call.dtype = static_cast<DType>(said[1]);
+    const Along a = along(call, call.dtype, shape.data(), static_cast<int>(shape.size()), said[3]);
+    const std::vector<int64_t> sizes(said + ScatterHead::kWords, said + words);
+    for (int k = 0; k < n; ++k) {
+      const int p = (me + k) % n;  // this rank's own trouble first
+      const int64_t* theirs = heads.data() + static_cast<size_t>(p) * words;
+      if (p == call.root || theirs[0] != ScatterHead::stated) continue;
+      const std::vector<Py_ssize_t> has = ScatterHead::shape(theirs);
+      const std::vector<Py_ssize_t> needed = a.with(sizes[static_cast<size_t>(p)]);
+      if (has == needed && theirs[1] == said[1]) continue;
+      usage((p == me ? std::string("argument 'out'")
+                     : "argument 'out' of rank " + std::to_string(p)) +
+            " is " + name_of(static_cast<DType>(theirs[1])) + " " +
+            shape_text(static_cast<int>(has.size()), has.data()) + "; " + name_of(call.dtype) +
+            " " + shape_text(static_cast<int>(needed.size()), needed.data()) +
+            " is needed; nothing was sent");
     }
-    if (refused) throw *refused;
-    if (head[0] != 1)
-      usage("root rank " + std::to_string(call.root) +
-            " refused its own arguments, see its error; nothing was sent");
-    call.dtype = static_cast<DType>(head[1]);
-    std::vector<Py_ssize_t> shape(static_cast<size_t>(head[2]));
-    for (size_t i = 0; i < shape.size(); ++i) shape[i] = static_cast<Py_ssize_t>(head[4 + i]);
-    const Along a = along(call, call.dtype, shape.data(), static_cast<int>(shape.size()), head[3]);
     call.ndim = static_cast<uint8_t>(shape.size());
     call.count = 1;
     for (size_t i = 0; i < shape.size(); ++i) call.count *= call.dims[i] = shape[i];
-    std::vector<int64_t> sizes(head.begin() + kScatterHead, head.end());
-    const int64_t mine = sizes[static_cast<size_t>(me)];
-    set_sizes(call, std::move(sizes));
+    set_sizes(call, sizes);
     call.in = in.data;
-    const Array out = output_for(call, v[4], call.dtype, a.with(mine));
+    const Array out = output_for(call, v[4], call.dtype, a.with(sizes[static_cast<size_t>(me)]));
     if (me == call.root) {
       const View own = Blocks(call, n).input(me, me, call.in);
       if (!own.contiguous() || own.data != out.data)
         check_overlap(in, out.data, out.bytes(), nullptr);
     }
-    return run(self, comm, call, in.data ? &in : nullptr, &out, out.original, v[5], v[6]);
+    return run(self, comm, call, me == call.root ? &in : nullptr, &out, out.original, v[5], v[6]);
   });
 }
 
@@ -400,13 +377,21 @@ PyObject* all_to_all(PyObject* self, PyObject* const* args, Py_ssize_t nargs, Py
     int64_t total = a.length;
     if (given(v[2])) {
       // What each rank sends to each: rank i's row, of which this rank receives column `me`.
-      Inside inside(comm);
-      call.site = site_of(comm.c->world());
-      GilHooks hooks;
-      if (comm.c->world().threads()) hooks.release();
-      std::vector<int64_t> matrix = comm.c->exchange(sizes, call, seconds, hooks);
-      total = 0;
-      for (int i = 0; i < n; ++i) total += matrix[static_cast<size_t>(i * n + me)];
+      std::vector<int64_t> row = sizes;
+      row.push_back(out_length(v[3], a, in.dtype));
+      const std::vector<int64_t> rows = exchange(comm, row, call, seconds);
+      std::vector<int64_t> matrix;
+      std::vector<int64_t> outs;
+      std::vector<int64_t> totals(static_cast<size_t>(n));
+      for (size_t i = 0; i < rows.size(); i += row.size()) {
+        for (size_t j = 0; j < totals.size(); ++j) {
+          matrix.push_back(rows[i + j]);
+          totals[j] += rows[i + j];
+        }
+        outs.push_back(rows[i + totals.size()]);
+      }
+      check_all_outs(outs, totals, a.axis, me);
+      total = totals[static_cast<size_t>(me)];
       set_sizes(call, std::move(matrix));
     } else {
       call.length = sizes[0];

@@ -55,6 +55,11 @@ Inside::Inside(PyCommunicator& comm) : comm_(comm) {
   comm.busy = true;
 }
 
+std::string door_of(const PyCommunicator& comm, const char* operation) {
+  return std::string(operation) + " (rank " + std::to_string(comm.c->rank()) + "/" +
+         std::to_string(comm.c->size()) + "): ";
+}
+
 uint32_t site_of(World& world) {
   return caller_site(&world, [&world](const std::string& text) {
     return world.segment().add_site(world.rank(), text);
@@ -125,20 +130,21 @@ bool PyWork::done() { return communicator.cast<PyCommunicator&>().c->test(*pendi
 
 py::object PyWork::wait(py::object timeout) {
   auto& comm = communicator.cast<PyCommunicator&>();
-  const double seconds = read_seconds(timeout.ptr(), comm.c->timeout());
-  if (!harvested) {
+  if (harvested) return result;
+  try {
+    const double seconds = read_seconds(timeout.ptr(), comm.c->timeout());
+    Inside inside(comm);
     GilHooks hooks;
     if (comm.c->world().threads()) hooks.release();
-    try {
-      comm.c->wait(*pending, seconds, hooks);
-      hooks.restore();
-      harvested = true;
-    } catch (const Error& error) {
-      hooks.restore();
-      harvested = comm.c->test(*pending);
-      set_python_error(error);
-      throw py::error_already_set();
-    }
+    comm.c->wait(*pending, seconds, hooks);
+    hooks.restore();
+    harvested = true;
+  } catch (const Error& error) {
+    harvested = done();
+    set_python_error(error, error.trouble == Trouble::usage
+                                ? door_of(comm, name_of(pending->call.kind))
+                                : std::string());
+    throw py::error_already_set();
   }
   return result;
 }
@@ -166,31 +172,43 @@ py::dict trace_row(const Communicator::TraceRow& row) {
   return d;
 }
 
-py::object split(py::object self, py::object color, int64_t key, py::object timeout) {
-  auto& comm = self.cast<PyCommunicator&>();
-  int64_t wish = -1;
-  const std::string where = "split (rank " + std::to_string(comm.c->rank()) + "/" +
-                            std::to_string(comm.c->size()) + "): ";
-  if (!color.is_none()) {
-    if (!PyIndex_Check(color.ptr()) || (wish = color.cast<int64_t>()) < 0)
-      usage(where + "argument 'color' is " + py::cast<std::string>(py::repr(color)) +
+// The door of what pybind11 calls: completes a usage error.
+template <class Body>
+auto with_door(PyCommunicator& comm, const char* operation, Body&& body) {
+  try {
+    return body();
+  } catch (const Error& error) {
+    if (error.trouble != Trouble::usage) throw;
+    throw Error(Trouble::usage, door_of(comm, operation) + error.text);
+  }
+}
+
+py::object split(PyCommunicator& comm, py::object color, py::object key, py::object timeout) {
+  return with_door(comm, "split", [&]() -> py::object {
+    int64_t wish = -1;
+    if (!color.is_none() && (wish = read_int(color.ptr(), "color")) < 0)
+      usage("argument 'color' is " + std::to_string(wish) +
             "; give an integer >= 0, or None on a rank that joins no group");
-  }
-  const double seconds = read_seconds(timeout.ptr(), comm.c->timeout());
-  Inside inside(comm);
-  std::unique_ptr<Communicator> part;
-  {
-    World& world = comm.c->world();
-    const uint32_t site = site_of(world);
-    GilHooks hooks;
-    if (world.threads()) hooks.release();
-    part = comm.c->split(wish, key, site, seconds, hooks);
-  }
-  if (!part) return py::none();
-  return py::cast(std::make_unique<PyCommunicator>(std::move(part)));
+    const int64_t order = read_int(key.ptr(), "key");
+    const double seconds = read_seconds(timeout.ptr(), comm.c->timeout());
+    Inside inside(comm);
+    std::unique_ptr<Communicator> part;
+    {
+      World& world = comm.c->world();
+      const uint32_t site = site_of(world);
+      GilHooks hooks;
+      if (world.threads()) hooks.release();
+      part = comm.c->split(wish, order, site, seconds, hooks);
+    }
+    if (!part) return py::none();
+    return py::cast(std::make_unique<PyCommunicator>(std::move(part)));
+  });
 }
 
 void close(PyCommunicator& comm) {
+  if (comm.busy)
+    usage(door_of(comm, "close") +
+          "another thread is inside this communicator; end its call first");
   {
     py::gil_scoped_release release;  // the worker may finish what is queued
     comm.c->close();
@@ -257,18 +275,20 @@ void bind_communicator(py::module_& m) {
       .def("_split", &split, py::arg("color"), py::arg("key"), py::arg("timeout"))
       .def("_begin_group",
            [](PyCommunicator& c) {
-             c.c->check_usable();
-             ++c.group_depth;
+             with_door(c, "group", [&c] {
+               c.c->check_usable();
+               return ++c.group_depth;
+             });
            })
       .def("_end_group", &end_group, py::arg("timeout"), py::arg("cancelled"))
       .def("_trace",
-           [](const PyCommunicator& c, int rank) {
-             if (rank < 0 || rank >= c.c->size())
-               usage("trace: argument 'rank' is " + std::to_string(rank) + "; 0 to " +
-                     std::to_string(c.c->size() - 1) + " is possible");
-             py::list rows;
-             for (const auto& row : c.c->trace(rank)) rows.append(trace_row(row));
-             return rows;
+           [](PyCommunicator& c, py::object rank) {
+             return with_door(c, "trace", [&] {
+               py::list rows;
+               const int of = read_rank(rank.ptr(), "rank", c.c->size());
+               for (const auto& row : c.c->trace(of)) rows.append(trace_row(row));
+               return rows;
+             });
            })
       .def("_close", &close);
   add_collectives(type);

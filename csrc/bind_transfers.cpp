@@ -9,12 +9,7 @@ Call transfer(CallKind kind, int peer, const Array& a, World& world) {
   Call call;
   call.kind = kind;
   call.root = peer;
-  call.dtype = a.dtype;
-  call.count = a.count;
-  call.ndim = static_cast<uint8_t>(a.ndim);
-  for (int i = 0; i < a.ndim && i < kMaxDims; ++i) call.dims[i] = a.shape[i];
-  call.unit = static_cast<int64_t>(size_of(a.dtype));
-  call.length = a.count;
+  whole(call, a);
   if (kind == CallKind::send)
     call.in = a.data;
   else
@@ -47,6 +42,10 @@ Array destination(PyObject* x, PyObject* dtype) {
   }
   for (Py_ssize_t s : shape)
     if (s < 0) usage("argument 'x' is a shape with a negative length");
+  constexpr size_t kMostDims = 32;  // of every NumPy
+  if (shape.size() > kMostDims)
+    usage("argument 'x' is a shape of " + std::to_string(shape.size()) +
+          " dimensions; up to 32 are possible");
   const py::object made =
       new_array(static_cast<int>(shape.size()), shape.data(), dtype_of(dtype, "dtype"));
   return read_output(made.ptr(), "x");

@@ -34,6 +34,7 @@ void write(Record& r, const Call& call, uint64_t seq) {
   r.when_ns = coarse_now_ns();
   r.ended_ns = 0;
   r.count = call.count;
+  r.signature = signature(call);
   r.root = call.root;
   r.site = call.site;
   r.kind = call.part_of == CallKind::none ? call.kind : call.part_of;
@@ -54,6 +55,7 @@ RecordCopy copy_of(const Record& r) {
   c.when_ns = r.when_ns;
   c.ended_ns = r.ended_ns;
   c.count = r.count;
+  c.signature = r.signature;
   c.root = r.root;
   c.site = r.site;
   c.kind = r.kind;
@@ -83,7 +85,9 @@ std::string RecordCopy::shape() const {
 std::string RecordCopy::call() const {
   std::string s = name_of(kind);
   if (kind == CallKind::barrier || kind == CallKind::split || kind == CallKind::none) return s;
-  if (prelude) return s + "(lengths first)";
+  if (prelude)
+    return s + (has_root(kind) ? "(root=" + std::to_string(root) + ", lengths first)"
+                               : "(lengths first)");
   s += std::string("(") + name_of(dtype) + " " + shape();
   if (has_op(kind)) s += std::string(", op=") + name_of(op);
   if (axis >= 0) s += ", axis=" + std::to_string(axis);

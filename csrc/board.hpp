@@ -40,6 +40,7 @@ struct alignas(128) Record {
   Word<int64_t> when_ns;  // CLOCK_MONOTONIC_COARSE
   Word<int64_t> count;
   Word<int64_t> ended_ns;
+  Word<uint64_t> signature;  // of the call: equal where the ranks agree
   Word<int32_t> root;
   Word<uint32_t> site;
   Word<CallKind> kind;
@@ -57,6 +58,7 @@ static_assert(sizeof(Record) == 128);
 // A copy of a record that no longer changes, with what is printed of it.
 struct RecordCopy {
   uint64_t seq = 0;
+  uint64_t signature = 0;
   int64_t when_ns = 0, ended_ns = 0, count = 0;
   int32_t root = -1;
   uint32_t site = 0;

@@ -76,7 +76,9 @@ inline uint64_t signature(const Call& c) {
   mix(static_cast<uint64_t>(c.kind) | static_cast<uint64_t>(c.dtype) << 8 |
       static_cast<uint64_t>(c.part_of) << 24 |
       (has_op(c.kind) ? static_cast<uint64_t>(c.op) << 16 : 0) |
-      (has_root(c.kind) ? static_cast<uint64_t>(static_cast<uint32_t>(c.root)) << 32 : 0));
+      (has_root(c.kind) || has_root(c.part_of)
+           ? static_cast<uint64_t>(static_cast<uint32_t>(c.root)) << 32
+           : 0));
   mix(static_cast<uint64_t>(c.outer));
   mix(static_cast<uint64_t>(c.unit));
   mix(static_cast<uint64_t>(c.length));

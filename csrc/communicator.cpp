@@ -184,14 +184,13 @@ bool Communicator::test(Pending& pending) {
 }
 
 void Communicator::wait(Pending& pending, double timeout, Hooks& hooks) {
-  Deadline deadline(timeout);
   if (!pending.transfer) {
     const auto done = [&] { return pending.finished.load(std::memory_order_seq_cst); };
-    if (!done() && !worker_->wait(done, timeout, hooks)) {
-      const bool late = deadline.passed() || timeout <= 0;
-      throw Error(late ? Trouble::deadline : Trouble::interrupted,
-                  door(pending.call, pending.number) + ": not done yet after waiting " +
-                      std::to_string(timeout) + " s for its Work; it goes on, wait() again");
+    if (!done()) {
+      const Worker::Outcome outcome = worker_->wait(done, Deadline(timeout), hooks);
+      if (outcome != Worker::Outcome::done)
+        throw Error(outcome == Worker::Outcome::late ? Trouble::deadline : Trouble::interrupted,
+                    not_done_text(pending, timeout));
     }
     if (pending.error) throw *pending.error;
     return;
@@ -243,6 +242,7 @@ std::vector<int64_t> Communicator::exchange(const std::vector<int64_t>& mine,
   Call call;
   call.kind = CallKind::all_gather;
   call.part_of = on_behalf_of.kind;
+  call.root = on_behalf_of.root;
   call.dtype = DType::int64;
   call.site = on_behalf_of.site;
   call.unit = sizeof(int64_t);

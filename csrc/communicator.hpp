@@ -81,6 +81,7 @@ class Communicator {
 
   // report.cpp
   std::string door(const Call& call, uint64_t seq) const;  // "all_reduce #3 (rank 1/4)"
+  std::string not_done_text(const Pending& pending, double limit) const;
   std::string mismatch_text(const Call& call, uint64_t seq, std::vector<int>* culprits) const;
   std::string table(const std::vector<int>& missing) const;
   std::string doing(int p, bool missing) const;

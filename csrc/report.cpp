@@ -54,6 +54,7 @@ struct Difference {
 Difference difference(const RecordCopy& a, const RecordCopy& b) {
   if (a.kind != b.kind)
     return {"operation", "All ranks must make the same calls in the same order."};
+  if (a.prelude != b.prelude) return {"sizes", "Give sizes= on all ranks or on none."};
   if (a.dtype != b.dtype)
     return {"dtype", "Give every rank the same dtype, for example x.astype('float32')."};
   if (has_op(a.kind) && a.op != b.op) return {"reduction", "Give every rank the same op=."};
@@ -110,8 +111,9 @@ std::string Communicator::mismatch_text(const Call& call, uint64_t seq,
   for (int p = 0; p < size(); ++p) {
     const std::optional<RecordCopy> r = record_of(p, seq);
     const std::string text = r ? r->call() : "(its record is gone)";
-    auto it = std::find_if(groups.begin(), groups.end(),
-                           [&](const Group& g) { return g.text == text && (!r || !r->uneven); });
+    auto it = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
+      return g.text == text && r && g.record.signature == r->signature;
+    });
     if (it == groups.end())
       groups.push_back({text, r.value_or(RecordCopy{}), {p}});
     else
@@ -186,6 +188,11 @@ std::string Communicator::table(const std::vector<int>& missing) const {
          (p == rank_ ? "   (this rank)" : "");
   }
   return s;
+}
+
+std::string Communicator::not_done_text(const Pending& pending, double limit) const {
+  return door(pending.call, pending.number) + ": its Work is not done after waiting " +
+         limit_text(limit) + "." + table({}) + "\nThe operation goes on; wait() for it again.";
 }
 
 Error Communicator::completed(const Error& error, const Call& call, uint64_t seq,

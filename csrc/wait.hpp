@@ -21,6 +21,7 @@ class Hooks {
 struct alignas(128) Event {
   std::atomic<uint32_t> epoch;
   std::atomic<uint32_t> sleepers;
+  std::atomic<uint32_t> troubled;  // ranks that left in trouble; in the line that all read anyway
 
   void notify() {
     if (sleepers.load(std::memory_order_seq_cst) != 0) wake();

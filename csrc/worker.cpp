@@ -2,8 +2,6 @@
 
 #include <chrono>
 
-#include "deadline.hpp"
-
 namespace meshring {
 
 Worker::~Worker() {
@@ -29,16 +27,15 @@ bool Worker::idle() {
   return tasks_.empty() && !running_;
 }
 
-bool Worker::wait(const std::function<bool()>& done, double seconds, Hooks& hooks) {
+Worker::Outcome Worker::wait(const std::function<bool()>& done, Deadline deadline, Hooks& hooks) {
   hooks.release();
-  Deadline deadline(seconds);
   for (;;) {
-    {
-      std::unique_lock<std::mutex> guard(lock_);
-      changed_.wait_for(guard, std::chrono::milliseconds(20), done);
-      if (done()) return true;
-    }
-    if (deadline.passed() || hooks.interrupted()) return false;
+    if (done()) return Outcome::done;
+    const double left = deadline.limit() - deadline.elapsed();
+    if (left <= 0) return Outcome::late;
+    if (hooks.interrupted()) return Outcome::interrupted;
+    std::unique_lock<std::mutex> guard(lock_);
+    changed_.wait_for(guard, std::chrono::duration<double>(left < 0.02 ? left : 0.02), done);
   }
 }
 

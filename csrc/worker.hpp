@@ -7,6 +7,7 @@
 #include <mutex>
 #include <thread>
 
+#include "deadline.hpp"
 #include "wait.hpp"
 
 namespace meshring {
@@ -16,9 +17,9 @@ class Worker {
   ~Worker();
   void add(std::function<void()> task);  // the task must not throw
   bool idle();                           // nothing waits or runs
-  // Blocks until done() holds, which some task makes true; false when hooks say interrupted or
-  // the time is over.
-  bool wait(const std::function<bool()>& done, double seconds, Hooks& hooks);
+  enum class Outcome { done, late, interrupted };
+  // Blocks until done() holds, which some task makes true.
+  Outcome wait(const std::function<bool()>& done, Deadline deadline, Hooks& hooks);
 
  private:
   void loop();

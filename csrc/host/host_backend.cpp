@@ -114,7 +114,7 @@ void HostBackend::give_up_on(const std::vector<int>& missing, const std::vector<
     }
     const uint32_t why = region_.control(p).withdrawn.load(std::memory_order_seq_cst);
     const int culprit = region_.control(p).culprit.load();
-    if (why == left_because(Trouble::deadline)) {
+    if (why == left_because(Trouble::deadline) && culprit != me_) {
       other_gave_up = true;
     } else if (why == left_because(Trouble::peer_lost) && culprit >= 0 && culprit != me_) {
       lost.push_back(culprit);
@@ -129,6 +129,16 @@ void HostBackend::give_up_on(const std::vector<int>& missing, const std::vector<
     for (int p : left)
       if (const int c = region_.control(p).culprit.load(); c >= 0 && c != me_) absent.push_back(c);
   if (late || other_gave_up) throw Error(Trouble::deadline, "", absent.empty() ? left : absent);
+}
+
+// Others have given this communicator up already: no call on it can succeed on all ranks.
+void HostBackend::refuse_to_come_late() {
+  std::vector<int> left;
+  for (int p = 0; p < n_; ++p) {
+    const uint32_t why = region_.control(p).withdrawn.load(std::memory_order_seq_cst);
+    if (p != me_ && why != 0 && why != kClosed) left.push_back(p);
+  }
+  if (!left.empty()) give_up_on(left, left, false);
 }
 
 bool HostBackend::has_left(int p) const {
@@ -157,6 +167,7 @@ void HostBackend::leave(uint32_t why, int culprit) {
   if (c.withdrawn.load() != 0) return;
   c.culprit.store(culprit);
   c.withdrawn.store(why, std::memory_order_seq_cst);
+  if (why != kClosed) region_.event().troubled.fetch_add(1);
   region_.event().wake();
 }
 
@@ -185,6 +196,7 @@ void HostBackend::execute(const Call& call, WaitContext& wait) {
     alone(call, blocks);
     return;
   }
+  if (region_.event().troubled.load(std::memory_order_relaxed) != 0) refuse_to_come_late();
   const int64_t largest = blocks.largest();
   const int64_t staged = largest * (cuts_input(call.kind) ? n_ : 1);
   if (staged <= kOneShot) {

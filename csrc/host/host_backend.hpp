@@ -66,6 +66,7 @@ class HostBackend final : public Backend {
   void check(const std::function<std::vector<int>()>& find_missing, WaitContext& wait);
   void give_up_on(const std::vector<int>& missing, const std::vector<int>& left, bool late);
   void leave(uint32_t why, int culprit);
+  void refuse_to_come_late();
 
   // transfers (transfers.cpp)
   void progress();  // under transfers_lock_

@@ -9,7 +9,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -216,7 +216,8 @@ def _at_exit() -> None:
     if _job is not None and not running:  # peers then hear of the exit, not of a close()
         _job[0].set_ended(_job[1], False, "")
     for comm in left:
-        comm._close()
+        with suppress(UsageError):  # a daemon thread is still inside
+            comm._close()
     if _job is not None:
         _job[0].set_ended(_job[1], False, "")
 
