@@ -121,8 +121,8 @@ PyObject* barrier(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
 // ---- all_gather, gather ---------------------------------------------------------------------
 
 // With sizes="auto" the lengths are exchanged first, and with them the length that out= has on each
-// rank (-1: none). So a wrong out is refused on all ranks together, and none goes on alone.
-constexpr int64_t kNoOut = -1;
+// rank (or none). So a wrong out is refused on all ranks together, and none goes on alone.
+constexpr int64_t kNoOut = INT64_MIN;
 
 int64_t out_length(PyObject* out, const Along& a, DType dtype) {
   if (!given(out)) return kNoOut;
@@ -133,17 +133,18 @@ int64_t out_length(PyObject* out, const Along& a, DType dtype) {
   return length;
 }
 
-void check_all_outs(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needed,
-                    int axis, int me) {
-  for (int turn = 0; turn < 2; ++turn) {  // this rank's own trouble first
-    for (int p = 0; p < static_cast<int>(lengths.size()); ++p) {
-      const size_t i = static_cast<size_t>(p);
-      if ((turn == 0) != (p == me) || lengths[i] == kNoOut || lengths[i] == needed[i]) continue;
-      usage((p == me ? std::string("argument 'out'")
-                     : "argument 'out' of rank " + std::to_string(p)) +
-            " has length " + std::to_string(lengths[i]) + " along axis " + std::to_string(axis) +
-            "; " + std::to_string(needed[i]) + " is needed; nothing was sent");
-    }
+// Refuses on all ranks what one of them has wrong; this rank's own trouble first.
+void check_all(const std::vector<int64_t>& have, const std::vector<int64_t>& needed, int me,
+               const char* what) {
+  const int n = static_cast<int>(have.size());
+  for (int k = 0; k < n; ++k) {
+    const int p = (me + k) % n;
+    const size_t i = static_cast<size_t>(p);
+    if (have[i] == kNoOut || have[i] == needed[i]) continue;
+    usage(
+        (p == me ? std::string("argument 'out'") : "argument 'out' of rank " + std::to_string(p)) +
+        what + std::to_string(have[i]) + "; " + std::to_string(needed[i]) +
+        " is needed; nothing was sent");
   }
 }
 
@@ -174,20 +175,31 @@ py::object join(PyObject* self, PyCommunicator& comm, CallKind kind, PyObject* x
   int64_t total = a.length * n;
   if (is_auto(sizes)) {
     const int64_t have = receives ? out_length(out, a, in.dtype) : kNoOut;
+    int64_t place = kNoOut;  // of x in out, where they overlap
     if (have != kNoOut) {
       const Array result = read_output(out, "out");
-      check_overlap(in, result.data, result.bytes(), nullptr);
+      const bool apart = in.bytes() == 0 || result.bytes() == 0 ||
+                         in.data + in.bytes() <= result.data ||
+                         result.data + result.bytes() <= in.data;
+      if (!apart && call.outer > 1) check_overlap(in, result.data, result.bytes(), nullptr);
+      if (!apart) place = in.data - result.data;
     }
-    const std::vector<int64_t> all = exchange(comm, {a.length, have}, call, seconds);
+    const std::vector<int64_t> all = exchange(comm, {a.length, have, place}, call, seconds);
     std::vector<int64_t> lengths;
     std::vector<int64_t> outs;
+    std::vector<int64_t> places;
+    std::vector<int64_t> own_places;
     total = 0;
-    for (size_t i = 0; i < all.size(); i += 2) {
+    for (size_t i = 0; i < all.size(); i += 3) {
+      own_places.push_back(total * call.unit);
       lengths.push_back(all[i]);
       outs.push_back(all[i + 1]);
+      places.push_back(all[i + 2]);
       total += all[i];
     }
-    check_all_outs(outs, std::vector<int64_t>(outs.size(), total), a.axis, me);
+    check_all(outs, std::vector<int64_t>(outs.size(), total), me,
+              " has the wrong length along axis: ");
+    check_all(places, own_places, me, " overlaps 'x', which lies in it at byte ");
     set_sizes(call, std::move(lengths));
   } else if (given(sizes)) {
     std::vector<int64_t> lengths = read_sizes(sizes, n);
@@ -390,7 +402,7 @@ PyObject* all_to_all(PyObject* self, PyObject* const* args, Py_ssize_t nargs, Py
         }
         outs.push_back(rows[i + totals.size()]);
       }
-      check_all_outs(outs, totals, a.axis, me);
+      check_all(outs, totals, me, " has the wrong length along axis: ");
       total = totals[static_cast<size_t>(me)];
       set_sizes(call, std::move(matrix));
     } else {
