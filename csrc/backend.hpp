@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,7 @@ class Transfer {
  public:
   virtual ~Transfer() = default;
   virtual bool done() const = 0;
+  virtual std::optional<Error> error() const = 0;  // how it failed; when done
   virtual const Call& call() const = 0;
 };
 
@@ -50,10 +52,10 @@ class Backend {
   virtual void execute(const Call& call, WaitContext& wait) = 0;
 
   // Starts sends and receives that may need one another's progress; order per pair is kept.
-  // `beside` says that the caller goes on with other work before it waits.
+  // `beside` says that the caller goes on with other work before it waits: then they move on by
+  // themselves.
   virtual std::vector<std::shared_ptr<Transfer>> post(const std::vector<Call>& calls,
                                                       bool beside) = 0;
-  virtual bool test(Transfer& transfer) = 0;
   virtual void wait(Transfer& transfer, WaitContext& wait) = 0;
 
   // This rank leaves: peers that wait for it, now or later, learn why at once.

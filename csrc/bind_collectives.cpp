@@ -11,7 +11,8 @@ namespace {
 py::object run(PyObject* self, PyCommunicator& comm, Call& call, const Array* in, const Array* out,
                py::object result, PyObject* timeout, PyObject* async_op) {
   const double seconds = read_seconds(timeout, comm.c->timeout());
-  const bool async = async_op && PyObject_IsTrue(async_op) == 1;
+  const int async = async_op ? PyObject_IsTrue(async_op) : 0;
+  if (async < 0) throw py::error_already_set();
   Inside inside(comm);
   call.site = site_of(comm.c->world());
   if (in) comm.packed_bytes += in->packed;
@@ -313,6 +314,7 @@ PyObject* scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
     std::vector<int64_t> head{ScatterHead::no_out};
     Array in;
     std::optional<Error> refusal;  // told to the others before it is raised here
+    std::optional<py::error_already_set> raised;
     try {
       if (me == call.root) {
         in = read_input(v[0], "x");
@@ -327,11 +329,14 @@ PyObject* scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
       }
     } catch (const Error& error) {
       refusal = error;
-      head[0] = ScatterHead::refused;
+    } catch (const py::error_already_set& error) {
+      raised = error;
     }
+    if (refusal || raised) head = {ScatterHead::refused};
     head.resize(words);
     const std::vector<int64_t> heads = exchange(comm, head, call, seconds);
     if (refusal) throw *refusal;
+    if (raised) throw *raised;
     for (int p = 0; p < n; ++p)
       if (heads[static_cast<size_t>(p) * words] == ScatterHead::refused)
         usage("rank " + std::to_string(p) +

@@ -115,25 +115,50 @@ PyWorld::~PyWorld() { forget_sites(world.get()); }
 PyCommunicator::PyCommunicator(const PyWorld& world, double timeout)
     : c(std::make_unique<Communicator>(world.world, timeout)) {}
 
+PyCommunicator::~PyCommunicator() {
+  if (!c) return;
+  py::gil_scoped_release release;  // its threads end meanwhile
+  c->abandon();
+}
+
+Communicator& PyCommunicator::live() const {
+  if (!c) usage("this object gave its communicator away; use the one that split() returned");
+  return *c;
+}
+
 // ---- Work -----------------------------------------------------------------------------------
 
 PyWork::~PyWork() {
-  // Dropped while it still runs: the communicator keeps the arrays.
   if (!pending || harvested || !communicator) return;
   auto& comm = communicator.cast<PyCommunicator&>();
-  if (comm.c->closed() || comm.c->test(*pending)) return;
-  comm.kept.push_back(arrays);
-  ++comm.dropped;
+  if (!comm.c->test(*pending)) {  // dropped while it runs: the communicator keeps the arrays
+    if (comm.c->closed()) return;
+    comm.kept.push_back(arrays);
+    ++comm.dropped;
+  } else if (const std::optional<Error> error = comm.c->error_of(*pending)) {
+    py::error_scope keep;
+    set_python_error(*error);
+    PyErr_WriteUnraisable(nullptr);
+  }
 }
 
 bool PyWork::done() { return communicator.cast<PyCommunicator&>().c->test(*pending); }
 
+py::object PyWork::result_now() {
+  if (!done()) return py::none();
+  return wait(py::none());
+}
+
 py::object PyWork::wait(py::object timeout) {
   auto& comm = communicator.cast<PyCommunicator&>();
-  if (harvested) return result;
+  struct Waiting {
+    explicit Waiting(int& count) : count(count) { ++count; }
+    ~Waiting() { --count; }
+    int& count;
+  };
   try {
     const double seconds = read_seconds(timeout.ptr(), comm.c->timeout());
-    Inside inside(comm);
+    const Waiting waiting(comm.waiting);
     GilHooks hooks;
     if (comm.c->world().threads()) hooks.release();
     comm.c->wait(*pending, seconds, hooks);
@@ -206,15 +231,19 @@ py::object split(PyCommunicator& comm, py::object color, py::object key, py::obj
 }
 
 void close(PyCommunicator& comm) {
-  if (comm.busy)
+  if (comm.busy || comm.waiting > 0)
     usage(door_of(comm, "close") +
           "another thread is inside this communicator; end its call first");
+  if (comm.group_depth > 0)
+    usage(door_of(comm, "close") + "inside group(); close it after the `with` block");
   {
-    py::gil_scoped_release release;  // the worker may finish what is queued
-    comm.c->close();
+    GilHooks hooks;
+    hooks.release();
+    comm.c->close(hooks);
   }
   comm.group.clear();
   comm.kept.clear();
+  if (PyErr_Occurred()) throw py::error_already_set();  // Ctrl-C while operations ended
 }
 
 }  // namespace
@@ -238,8 +267,7 @@ void bind_communicator(py::module_& m) {
            "Source: MPI_Wait.")
       .def("done", &PyWork::done,
            "Say without blocking whether the operation is done.\n\nSource: MPI_Test.")
-      .def_property_readonly(
-          "result", [](PyWork& w) -> py::object { return w.done() ? w.result : py::none(); });
+      .def_property_readonly("result", &PyWork::result_now);
 
   py::class_<PyCommunicator> type(m, "Communicator");
   type.def(py::init<const PyWorld&, double>(), py::arg("world"), py::kw_only(), py::arg("timeout"))
@@ -249,25 +277,27 @@ void bind_communicator(py::module_& m) {
              return std::make_unique<PyCommunicator>(std::move(part.c));
            }),
            py::arg("part"))
-      .def_property_readonly("rank", [](const PyCommunicator& c) { return c.c->rank(); })
-      .def_property_readonly("size", [](const PyCommunicator& c) { return c.c->size(); })
-      .def_property_readonly("timeout", [](const PyCommunicator& c) { return c.c->timeout(); })
+      .def_property_readonly("rank", [](const PyCommunicator& c) { return c.live().rank(); })
+      .def_property_readonly("size", [](const PyCommunicator& c) { return c.live().size(); })
+      .def_property_readonly("timeout", [](const PyCommunicator& c) { return c.live().timeout(); })
       .def_property_readonly("backend",
                              [](const PyCommunicator& c) -> std::string {
-                               return c.c->closed() ? "closed" : c.c->backend();
+                               return c.live().closed() ? "closed" : c.live().backend();
                              })
       .def_property_readonly(
-          "transport", [](const PyCommunicator& c) { return name_of(c.c->world().transport()); })
-      .def_property_readonly("closed", [](const PyCommunicator& c) { return c.c->closed(); })
+          "transport",
+          [](const PyCommunicator& c) { return name_of(c.live().world().transport()); })
+      .def_property_readonly("closed", [](const PyCommunicator& c) { return c.live().closed(); })
       .def_property_readonly("poisoned",
                              [](const PyCommunicator& c) -> py::object {
-                               const std::string why = c.c->poisoned();
+                               const std::string why = c.live().poisoned();
                                return why.empty() ? py::none() : py::object(py::str(why));
                              })
       .def_property_readonly("world_ranks",
                              [](const PyCommunicator& c) {
-                               py::tuple t(c.c->world_ranks().size());
-                               for (size_t i = 0; i < t.size(); ++i) t[i] = c.c->world_ranks()[i];
+                               py::tuple t(c.live().world_ranks().size());
+                               for (size_t i = 0; i < t.size(); ++i)
+                                 t[i] = c.live().world_ranks()[i];
                                return t;
                              })
       .def_property_readonly("packed_bytes", [](const PyCommunicator& c) { return c.packed_bytes; })
@@ -276,7 +306,7 @@ void bind_communicator(py::module_& m) {
       .def("_begin_group",
            [](PyCommunicator& c) {
              with_door(c, "group", [&c] {
-               c.c->check_usable();
+               c.live().check_usable();
                return ++c.group_depth;
              });
            })
@@ -285,8 +315,8 @@ void bind_communicator(py::module_& m) {
            [](PyCommunicator& c, py::object rank) {
              return with_door(c, "trace", [&] {
                py::list rows;
-               const int of = read_rank(rank.ptr(), "rank", c.c->size());
-               for (const auto& row : c.c->trace(of)) rows.append(trace_row(row));
+               const int of = read_rank(rank.ptr(), "rank", c.live().size());
+               for (const auto& row : c.live().trace(of)) rows.append(trace_row(row));
                return rows;
              });
            })

@@ -26,14 +26,17 @@ class PyCommunicator {
  public:
   PyCommunicator(const PyWorld& world, double timeout);
   explicit PyCommunicator(std::unique_ptr<Communicator> c) : c(std::move(c)) {}
+  ~PyCommunicator();
+  Communicator& live() const;  // or Error(usage)
 
-  std::unique_ptr<Communicator> c;
   int64_t packed_bytes = 0;  // copied because inputs were not contiguous
   bool busy = false;         // a thread is inside a call
   int group_depth = 0;
-  std::vector<py::object> group;  // PyWork of the open group
-  std::vector<py::object> kept;   // arrays that others may still read
-  int dropped = 0;                // Works that were let go before they were done
+  std::vector<py::object> group;    // PyWork of the open group
+  std::vector<py::object> kept;     // arrays that others may still read
+  int dropped = 0;                  // Works that were let go before they were done
+  int waiting = 0;                  // threads inside Work.wait()
+  std::unique_ptr<Communicator> c;  // the last member: its threads end before the arrays go
 };
 
 class PyWork {
@@ -41,12 +44,13 @@ class PyWork {
   ~PyWork();
   py::object wait(py::object timeout);
   bool done();
+  py::object result_now();  // None while it runs
 
   std::shared_ptr<Pending> pending;
   py::object communicator;
   py::object result;
   py::tuple arrays;
-  bool harvested = false;
+  bool harvested = false;  // somebody has seen how it ended
 };
 
 // Python's exception for an Error; the text is complete.

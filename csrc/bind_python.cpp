@@ -1,6 +1,7 @@
 #include "bind_python.hpp"
 
 #include <frameobject.h>
+#include <unistd.h>
 
 #include <unordered_map>
 
@@ -25,6 +26,19 @@ void init_python() {
   package = package.substr(0, package.rfind('/') + 1);
   for (PyObject* object : {file, ident, thread, threading}) Py_XDECREF(object);
   PyErr_Clear();
+}
+
+void GilHooks::restore() {
+  if (!saved_) return;
+#if PY_VERSION_HEX >= 0x030d0000
+  const bool ending = Py_IsFinalizing() != 0;
+#else
+  const bool ending = _Py_IsFinalizing() != 0;
+#endif
+  // The interpreter would end this thread by unwinding it, through destructors that must not throw.
+  while (ending) pause();
+  PyEval_RestoreThread(saved_);
+  saved_ = nullptr;
 }
 
 bool GilHooks::interrupted() {

@@ -22,10 +22,7 @@ class GilHooks final : public Hooks {
   void release() override {
     if (!saved_) saved_ = PyEval_SaveThread();
   }
-  void restore() {
-    if (saved_) PyEval_RestoreThread(saved_);
-    saved_ = nullptr;
-  }
+  void restore();
   bool interrupted() override;  // the exception is set in this thread when true
 
  private:

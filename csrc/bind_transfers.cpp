@@ -56,15 +56,20 @@ void exchange(PyObject* self, PyCommunicator& comm, const std::vector<Call>& cal
               const std::vector<const Array*>& arrays, PyObject* timeout) {
   const double seconds = read_seconds(timeout, comm.c->timeout());
   Inside inside(comm);
+  int64_t bytes = 0;
+  for (const Call& call : calls) bytes += call.length * call.unit;
   if (comm.group_depth > 0) {
-    const auto pending = comm.c->post(calls, false);
+    std::vector<std::shared_ptr<Pending>> pending;
+    {
+      GilHooks hooks;
+      if (comm.c->world().threads() || bytes > kKeepGilBelow) hooks.release();
+      pending = comm.c->post(calls, false);
+    }
     for (size_t i = 0; i < pending.size(); ++i)
       comm.group.push_back(make_work(self, pending[i], py::none(), arrays[i], nullptr));
     return;
   }
   GilHooks hooks;
-  int64_t bytes = 0;
-  for (const Call& call : calls) bytes += call.length * call.unit;
   if (comm.c->world().threads() || bytes > kKeepGilBelow) hooks.release();
   try {
     const auto pending = comm.c->post(calls, false);

@@ -24,6 +24,16 @@ size_t board_bytes(int n) {
 }
 size_t region_bytes(int n) { return board_bytes(n) + host::Region::bytes(n); }
 
+// Of the worker: it leaves its collective when the communicator is given up or closed for good.
+class AbortHooks final : public Hooks {
+ public:
+  explicit AbortHooks(const std::atomic<bool>& abort) : abort_(abort) {}
+  bool interrupted() override { return abort_.load(); }
+
+ private:
+  const std::atomic<bool>& abort_;
+};
+
 std::vector<int> all_ranks(int n) {
   std::vector<int> v(static_cast<size_t>(n));
   for (int i = 0; i < n; ++i) v[static_cast<size_t>(i)] = i;
@@ -58,7 +68,7 @@ Communicator::Communicator(std::shared_ptr<World> world, int region, std::vector
                                                  world_ranks_, rank_);
 }
 
-Communicator::~Communicator() { close(); }
+Communicator::~Communicator() { abandon(); }
 
 const char* Communicator::backend() const { return backend_->name(); }
 
@@ -67,20 +77,29 @@ std::string Communicator::poisoned() const {
   return poisoned_;
 }
 
-void Communicator::close() {
+void Communicator::close(Hooks& hooks) {
   if (closed_) return;
-  closed_ = true;
   if (forks_ != forks.load()) {
     // The threads and the membership are the parent's; only our mapping goes.
+    closed_ = true;
     static_cast<void>(worker_.release());
     static_cast<void>(backend_.release());
     return;
   }
-  worker_.reset();  // runs what is queued
+  if (worker_ && worker_->wait_idle(Deadline(timeout_), hooks) != Worker::Outcome::done)
+    abort_.store(true);
+  worker_.reset();
+  closed_ = true;
   backend_->close();
   backend_.reset();
   mapping_.reset();
   world_->segment().release(region_);
+}
+
+void Communicator::abandon() {
+  abort_.store(true);
+  Hooks hooks;
+  close(hooks);
 }
 
 void Communicator::check_usable() const {
@@ -118,9 +137,16 @@ void Communicator::end(uint64_t record, CallState state) {
 
 void Communicator::run(const Call& call, double timeout, Hooks& hooks) {
   check_usable();
-  if (worker_ && !worker_->idle()) {  // keep the order of calls
-    wait(*start(call, timeout), timeout, hooks);
-    return;
+  if (worker_) {
+    // Calls keep their order. What is queued ends first; this call itself is never queued, since
+    // its buffers live only as long as it does.
+    Deadline deadline(timeout);
+    const Worker::Outcome outcome = worker_->wait_idle(deadline, hooks);
+    if (outcome != Worker::Outcome::done)
+      fail(Error(outcome == Worker::Outcome::late ? Trouble::deadline : Trouble::interrupted,
+                 "interrupted while it waited for operations started before with async_op=True"),
+           call, 0, deadline);
+    check_usable();
   }
   const uint64_t seq = ++seq_;
   const uint64_t record = begin(call, seq);
@@ -142,7 +168,7 @@ std::shared_ptr<Pending> Communicator::start(const Call& call, double timeout) {
   const uint64_t record = begin(call, seq);
   if (!worker_) worker_ = std::make_unique<Worker>();
   worker_->add([this, pending, seq, record, timeout] {
-    Hooks hooks;
+    AbortHooks hooks(abort_);
     WaitContext context{Deadline(timeout), hooks};
     try {
       check_usable();
@@ -177,10 +203,17 @@ std::vector<std::shared_ptr<Pending>> Communicator::post(const std::vector<Call>
   return out;
 }
 
-bool Communicator::test(Pending& pending) {
-  if (!pending.transfer) return pending.finished.load(std::memory_order_seq_cst);
-  return pending.transfer->done() ||
-         (!closed_ && !is_poisoned_ && backend_->test(*pending.transfer));
+bool Communicator::test(const Pending& pending) const {
+  return pending.transfer ? pending.transfer->done()
+                          : pending.finished.load(std::memory_order_seq_cst);
+}
+
+std::optional<Error> Communicator::error_of(const Pending& pending) const {
+  if (!test(pending)) return std::nullopt;
+  if (!pending.transfer) return pending.error;
+  const std::optional<Error> error = pending.transfer->error();
+  if (!error) return std::nullopt;
+  return completed(*error, pending.call, 0, timeout_);
 }
 
 void Communicator::wait(Pending& pending, double timeout, Hooks& hooks) {
@@ -197,11 +230,13 @@ void Communicator::wait(Pending& pending, double timeout, Hooks& hooks) {
   }
   if (!pending.transfer->done()) check_usable();
   WaitContext context{Deadline(timeout), hooks};
+  const uint64_t record = pending.number;
   try {
-    backend_->wait(*pending.transfer, context);
-    if (!closed_) end(pending.number, CallState::done);
+    if (!pending.transfer->done()) backend_->wait(*pending.transfer, context);
+    if (const std::optional<Error> error = pending.transfer->error()) throw *error;
+    if (!closed_) end(record, CallState::done);
   } catch (const Error& error) {
-    end(pending.number, CallState::failed);
+    if (!closed_) end(record, CallState::failed);
     fail(error, pending.call, 0, context.deadline);
   }
 }
@@ -230,7 +265,8 @@ void Communicator::poison(const Error& error, const std::string& text) {
     if (poisoned_.empty()) poisoned_ = text;
   }
   is_poisoned_.store(true, std::memory_order_release);
-  backend_->withdraw(error.trouble, error.ranks.empty() ? -1 : error.ranks[0]);
+  abort_.store(true);
+  if (backend_) backend_->withdraw(error.trouble, error.ranks.empty() ? -1 : error.ranks[0]);
 }
 
 // ---- composed -------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ class Communicator {
   std::shared_ptr<Pending> start(const Call& call, double timeout);
   // Sends and receives that may need one another: one, both sides of an exchange, or a group.
   std::vector<std::shared_ptr<Pending>> post(const std::vector<Call>& calls, bool beside);
-  bool test(Pending& pending);
+  bool test(const Pending& pending) const;
+  std::optional<Error> error_of(const Pending& pending) const;  // when it is done and failed
   void wait(Pending& pending, double timeout, Hooks& hooks);
 
   // One int64 of every rank.
@@ -56,7 +57,9 @@ class Communicator {
   // The ranks of equal colour, ordered by (key, rank); null for colour -1. Collective.
   std::unique_ptr<Communicator> split(int64_t color, int64_t key, uint32_t site, double timeout,
                                       Hooks& hooks);
-  void close();
+  // Lets queued operations end first (up to the default timeout).
+  void close(Hooks& hooks);
+  void abandon();  // closes without waiting for them
   // Throws Error(usage) when closed, poisoned or in a forked child.
   void check_usable() const;
 
@@ -102,7 +105,8 @@ class Communicator {
   RankEntry* entry_;
   uint64_t seq_ = 0;      // collectives so far
   uint64_t written_ = 0;  // records so far
-  bool closed_ = false;
+  std::atomic<bool> closed_{false};
+  std::atomic<bool> abort_{false};  // the worker is to leave its collective
   std::atomic<bool> is_poisoned_{false};
   mutable std::mutex poison_lock_;
   std::string poisoned_;

@@ -87,6 +87,7 @@ std::string Communicator::at_site(int p, uint32_t site) const {
 }
 
 std::optional<RecordCopy> Communicator::latest(int p) const {
+  if (closed_) return std::nullopt;
   const uint64_t last = rings_[p].written.load(std::memory_order_acquire);
   if (last == 0) return std::nullopt;
   return copy_of(rings_[p].at(last));
@@ -161,7 +162,7 @@ std::string Communicator::last_call(int p) const {
 
 std::string Communicator::doing(int p, bool missing) const {
   const int world_rank = world_ranks_[static_cast<size_t>(p)];
-  std::string s = backend_->how_it_left(p);
+  std::string s = backend_ ? backend_->how_it_left(p) : "";
   if (s == kGaveUp) return last_call(p);
   if (!s.empty()) return s + "; " + last_call(p);
   if (!world_->threads() && is_stopped(world_->pid(world_rank))) s = "is stopped (SIGSTOP); ";
@@ -216,7 +217,10 @@ Error Communicator::completed(const Error& error, const Call& call, uint64_t seq
     case Trouble::deadline: {
       out.table = table(error.ranks);
       out.text = where;
-      if (transfer)
+      if (error.ranks.empty())
+        out.text += "operations started before with async_op=True did not end within " +
+                    limit_text(limit) + ".";
+      else if (transfer)
         out.text += ranks_text(error.ranks) + " did not " +
                     (call.kind == CallKind::send ? "receive" : "send") + " within " +
                     limit_text(limit) + ".";
@@ -232,7 +236,7 @@ Error Communicator::completed(const Error& error, const Call& call, uint64_t seq
       for (size_t i = 0; i < error.ranks.size(); ++i) {
         const int p = error.ranks[i];
         const int world_rank = world_ranks_[static_cast<size_t>(p)];
-        std::string how = backend_->how_it_left(p);
+        std::string how = backend_ ? backend_->how_it_left(p) : "";
         if (how.empty()) how = error.text.empty() ? "has left" : "is lost: " + error.text;
         out.text += (i ? "\n  " : "") + std::string("rank ") + std::to_string(p) + " (pid " +
                     std::to_string(world_->pid(world_rank)) + ") " + how + "; " + last_call(p) +

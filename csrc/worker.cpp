@@ -17,14 +17,15 @@ void Worker::add(std::function<void()> task) {
   {
     std::lock_guard<std::mutex> guard(lock_);
     tasks_.push_back(std::move(task));
+    unfinished_.fetch_add(1);
     if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
   }
   changed_.notify_all();
 }
 
-bool Worker::idle() {
-  std::lock_guard<std::mutex> guard(lock_);
-  return tasks_.empty() && !running_;
+Worker::Outcome Worker::wait_idle(Deadline deadline, Hooks& hooks) {
+  if (unfinished_.load() == 0) return Outcome::done;
+  return wait([this] { return unfinished_.load() == 0; }, deadline, hooks);
 }
 
 Worker::Outcome Worker::wait(const std::function<bool()>& done, Deadline deadline, Hooks& hooks) {
@@ -46,12 +47,11 @@ void Worker::loop() {
     if (tasks_.empty()) return;  // asked to stop, and everything is done
     std::function<void()> task = std::move(tasks_.front());
     tasks_.pop_front();
-    running_ = true;
     guard.unlock();
     task();
     task = nullptr;
     guard.lock();
-    running_ = false;
+    unfinished_.fetch_sub(1);
     changed_.notify_all();
   }
 }

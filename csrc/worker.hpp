@@ -1,6 +1,7 @@
 // F4. One thread that runs a communicator's asynchronous collectives in the order of their calls.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -16,10 +17,10 @@ class Worker {
  public:
   ~Worker();
   void add(std::function<void()> task);  // the task must not throw
-  bool idle();                           // nothing waits or runs
   enum class Outcome { done, late, interrupted };
   // Blocks until done() holds, which some task makes true.
   Outcome wait(const std::function<bool()>& done, Deadline deadline, Hooks& hooks);
+  Outcome wait_idle(Deadline deadline, Hooks& hooks);  // until nothing is queued or runs
 
  private:
   void loop();
@@ -27,7 +28,7 @@ class Worker {
   std::mutex lock_;
   std::condition_variable changed_;
   std::deque<std::function<void()>> tasks_;
-  bool running_ = false;
+  std::atomic<int> unfinished_{0};  // tasks that wait or run
   bool stop_ = false;
   std::thread thread_;
 };

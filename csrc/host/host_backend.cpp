@@ -86,6 +86,8 @@ void HostBackend::step(uint64_t signature, WaitContext& wait) {
 
 void HostBackend::check(const std::function<std::vector<int>()>& find_missing, WaitContext& wait) {
   if (wait.hooks.interrupted()) throw Error(Trouble::interrupted, "interrupted by a signal");
+  if (region_.control(me_).withdrawn.load(std::memory_order_seq_cst) != 0)
+    throw Error(Trouble::backend, "another call of this rank has given this communicator up");
   std::vector<int> left;
   const bool late = wait.deadline.passed();
   for (int p : find_missing())
@@ -131,8 +133,10 @@ void HostBackend::give_up_on(const std::vector<int>& missing, const std::vector<
   if (late || other_gave_up) throw Error(Trouble::deadline, "", absent.empty() ? left : absent);
 }
 
-// Others have given this communicator up already: no call on it can succeed on all ranks.
-void HostBackend::refuse_to_come_late() {
+// Before a call: others may have given this communicator up, so that no call can succeed on all
+// ranks. After reading out of others' memory: one that gave up meanwhile may have changed it.
+void HostBackend::check_sources() {
+  if (region_.event().troubled.load(std::memory_order_seq_cst) == 0) return;
   std::vector<int> left;
   for (int p = 0; p < n_; ++p) {
     const uint32_t why = region_.control(p).withdrawn.load(std::memory_order_seq_cst);
@@ -196,7 +200,7 @@ void HostBackend::execute(const Call& call, WaitContext& wait) {
     alone(call, blocks);
     return;
   }
-  if (region_.event().troubled.load(std::memory_order_relaxed) != 0) refuse_to_come_late();
+  check_sources();
   const int64_t largest = blocks.largest();
   const int64_t staged = largest * (cuts_input(call.kind) ? n_ : 1);
   if (staged <= kOneShot) {
@@ -398,6 +402,7 @@ void HostBackend::directly(const Call& call, const Blocks& blocks, WaitContext& 
       break;
   }
   step(sign, wait);
+  check_sources();
 }
 
 // out[0, bytes) = reduction of the same bytes of every input, fetched in pieces that fit the cache.
@@ -451,6 +456,7 @@ void HostBackend::all_reduce_directly(const Call& call, WaitContext& wait) {
       read(p, {outs[static_cast<size_t>(p)] + a, 1, len, len}, 0, len, {out + a, 1, len, len});
   }
   step(sign, wait);
+  check_sources();
 }
 
 }  // namespace meshring::host

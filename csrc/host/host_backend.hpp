@@ -31,7 +31,6 @@ class HostBackend final : public Backend {
   const char* name() const override { return "host"; }
   void execute(const Call& call, WaitContext& wait) override;
   std::vector<std::shared_ptr<Transfer>> post(const std::vector<Call>& calls, bool beside) override;
-  bool test(Transfer& transfer) override;
   void wait(Transfer& transfer, WaitContext& wait) override;
   void withdraw(Trouble why, int culprit) override;
   void close() override;
@@ -66,10 +65,11 @@ class HostBackend final : public Backend {
   void check(const std::function<std::vector<int>()>& find_missing, WaitContext& wait);
   void give_up_on(const std::vector<int>& missing, const std::vector<int>& left, bool late);
   void leave(uint32_t why, int culprit);
-  void refuse_to_come_late();
+  void check_sources();
 
   // transfers (transfers.cpp)
   void progress();  // under transfers_lock_
+  bool advance(const HostTransfer& transfer);
   void pump();
 
   std::shared_ptr<World> world_;

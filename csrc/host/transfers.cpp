@@ -24,7 +24,7 @@ class HostTransfer final : public Transfer {
   const Call& call() const override { return call_; }
   bool sends() const { return sends_; }
   int peer() const { return call_.root; }
-  std::optional<Error> error;
+  std::optional<Error> error() const override { return error_; }
 
   // Does what can be done now; true when anything was.
   bool move_on() { return sends_ ? send() : receive(); }
@@ -85,8 +85,8 @@ class HostTransfer final : public Transfer {
     if (channel_.consumed.load(std::memory_order_seq_cst) > number_) {
       Header& h = header();
       if (h.refused)
-        error = Error(Trouble::mismatch, expected(h.wanted_dtype, h.wanted_count, "receives"),
-                      {peer()});
+        error_ = Error(Trouble::mismatch, expected(h.wanted_dtype, h.wanted_count, "receives"),
+                       {peer()});
       finish();
       moved = true;
     }
@@ -100,7 +100,7 @@ class HostTransfer final : public Transfer {
       if (channel_.posted.load(std::memory_order_seq_cst) <= number_) return false;
       moved = true;
       if (h.dtype != call_.dtype || h.count != call_.count) {
-        error = Error(Trouble::mismatch, expected(h.dtype, h.count, "sends"), {peer()});
+        error_ = Error(Trouble::mismatch, expected(h.dtype, h.count, "sends"), {peer()});
         h.wanted_dtype = call_.dtype;
         h.wanted_count = call_.count;
         h.refused = 1;
@@ -140,8 +140,11 @@ class HostTransfer final : public Transfer {
     const View from{reinterpret_cast<char*>(h.address), 1, bytes_, bytes_};
     try {
       b_.read(peer(), from, 0, bytes_, {static_cast<char*>(call_.out), 1, bytes_, bytes_});
+      // A sender that has left does not vouch for its bytes any more.
+      if (b_.region_.control(peer()).withdrawn.load(std::memory_order_seq_cst) != 0)
+        error_ = Error(Trouble::peer_lost, "it left during the transfer", {peer()});
     } catch (const Error& e) {
-      error = e;
+      error_ = e;
     }
   }
   void pass_chunk() {
@@ -166,6 +169,7 @@ class HostTransfer final : public Transfer {
   Channel& channel_;
   State state_ = State::waiting;
   int64_t at_ = 0;
+  std::optional<Error> error_;  // written before done_
   std::atomic<bool> done_{false};
 };
 
@@ -179,7 +183,10 @@ std::vector<std::shared_ptr<Transfer>> HostBackend::post(const std::vector<Call>
     transfers_.push_back(t);
     out.push_back(std::move(t));
   }
-  progress();
+  const bool small = std::all_of(calls.begin(), calls.end(), [](const Call& call) {
+    return call.length * call.unit <= kChunkBytes;
+  });
+  if (!beside || small) progress();
   if (beside && !transfers_.empty()) {
     if (!pump_.joinable()) pump_ = std::thread([this] { pump(); });
     pump_wakes_.notify_one();
@@ -206,7 +213,7 @@ void HostBackend::progress() {
   }
 }
 
-bool HostBackend::test(Transfer& transfer) {
+bool HostBackend::advance(const HostTransfer& transfer) {
   if (transfer.done()) return true;
   std::lock_guard<std::mutex> guard(transfers_lock_);
   progress();
@@ -215,11 +222,10 @@ bool HostBackend::test(Transfer& transfer) {
 
 void HostBackend::wait(Transfer& transfer, WaitContext& wait) {
   auto& t = static_cast<HostTransfer&>(transfer);
-  const auto ready = [&] { return test(t); };
+  const auto ready = [&] { return advance(t); };
   const auto missing = [&] { return ready() ? std::vector<int>{} : std::vector<int>{t.peer()}; };
   if (!ready())
     wait_for(ready, [&] { check(missing, wait); }, region_.event(), patience_, wait.hooks);
-  if (t.error) throw *t.error;
 }
 
 void HostBackend::pump() {

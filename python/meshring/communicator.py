@@ -31,7 +31,7 @@ class Communicator(_core.Communicator):
     def __init__(self, source: Any, *, timeout: float | None = None) -> None:
         if isinstance(source, _core.World):
             super().__init__(source, timeout=_DEFAULT_TIMEOUT if timeout is None else timeout)
-        elif isinstance(source, _core.Communicator):
+        elif type(source) is _core.Communicator:  # a part that split() made
             super().__init__(source)
         else:
             raise UsageError(

@@ -60,6 +60,8 @@ def run_local(
     except BaseException as error:  # Ctrl-C: tell the ranks, which then end by themselves
         for rank in range(size):
             segment.set_ended(rank, True, repr(error))
+        for thread in threads:
+            thread.join(2)
         raise
     segment.close()  # now, even where a traceback keeps this frame alive
     if failures:
