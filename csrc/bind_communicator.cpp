@@ -129,7 +129,7 @@ Communicator& PyCommunicator::live() const {
 // ---- Work -----------------------------------------------------------------------------------
 
 PyWork::~PyWork() {
-  if (!pending || harvested || !communicator) return;
+  if (!pending || harvested || !communicator || is_finalizing()) return;
   auto& comm = communicator.cast<PyCommunicator&>();
   if (!comm.c->test(*pending)) {  // dropped while it runs: the communicator keeps the arrays
     if (comm.c->closed()) return;

@@ -28,15 +28,18 @@ void init_python() {
   PyErr_Clear();
 }
 
+bool is_finalizing() {
+#if PY_VERSION_HEX >= 0x030d0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
 void GilHooks::restore() {
   if (!saved_) return;
-#if PY_VERSION_HEX >= 0x030d0000
-  const bool ending = Py_IsFinalizing() != 0;
-#else
-  const bool ending = _Py_IsFinalizing() != 0;
-#endif
   // The interpreter would end this thread by unwinding it, through destructors that must not throw.
-  while (ending) pause();
+  while (is_finalizing()) pause();
   PyEval_RestoreThread(saved_);
   saved_ = nullptr;
 }

@@ -30,6 +30,7 @@ class GilHooks final : public Hooks {
 };
 
 void init_python();  // once, at import
+bool is_finalizing();
 
 // Number of the caller's file and line, added by `add` when first seen. Frames of meshring's own
 // Python code are passed over. Needs the GIL.

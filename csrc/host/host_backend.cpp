@@ -130,7 +130,8 @@ void HostBackend::give_up_on(const std::vector<int>& missing, const std::vector<
   if (absent.empty() && other_gave_up)
     for (int p : left)
       if (const int c = region_.control(p).culprit.load(); c >= 0 && c != me_) absent.push_back(c);
-  if (late || other_gave_up) throw Error(Trouble::deadline, "", absent.empty() ? left : absent);
+  if (absent.empty() && !left.empty()) throw Error(Trouble::peer_lost, "", left);
+  if (late || other_gave_up) throw Error(Trouble::deadline, "", absent);
 }
 
 // Before a call: others may have given this communicator up, so that no call can succeed on all
