@@ -104,18 +104,8 @@ class Blocks {
     char* p = static_cast<char*>(const_cast<void*>(base));
     const int64_t row = length(from, to) * c_.unit;
     if (!cuts_input(c_.kind)) return flat(p, c_.outer * row);
-    int64_t before = 0;
-    int64_t total = 0;
-    if (c_.sizes.empty()) {
-      before = c_.length * to;
-      total = c_.length * n_;
-    } else {
-      for (int j = 0; j < n_; ++j) {
-        if (j == to) before = total;
-        total += length(from, j);
-      }
-    }
-    return {p + before * c_.unit, c_.outer, row, total * c_.unit};
+    const Place at = place(to, [&](int j) { return length(from, j); });
+    return {p + at.before * c_.unit, c_.outer, row, at.total * c_.unit};
   }
 
   // Where rank `to` puts what came from rank `from`, in its output at `base`.
@@ -125,18 +115,8 @@ class Blocks {
     const bool joins = c_.kind == CallKind::all_gather || c_.kind == CallKind::gather ||
                        c_.kind == CallKind::all_to_all;
     if (!joins) return flat(p, c_.outer * row);
-    int64_t before = 0;
-    int64_t total = 0;
-    if (c_.sizes.empty()) {
-      before = c_.length * from;
-      total = c_.length * n_;
-    } else {
-      for (int i = 0; i < n_; ++i) {
-        if (i == from) before = total;
-        total += length(i, to);
-      }
-    }
-    return {p + before * c_.unit, c_.outer, row, total * c_.unit};
+    const Place at = place(from, [&](int i) { return length(i, to); });
+    return {p + at.before * c_.unit, c_.outer, row, at.total * c_.unit};
   }
 
   // The largest and the smallest block of the whole call, in bytes: the same on every rank.
@@ -145,6 +125,20 @@ class Blocks {
   int64_t shortest_row() const { return extreme(false) * c_.unit; }
 
  private:
+  struct Place {
+    int64_t before, total;
+  };
+  // Of block k among n blocks of the given lengths.
+  template <class Length>
+  Place place(int k, Length&& length) const {
+    if (c_.sizes.empty()) return {c_.length * k, c_.length * n_};
+    Place at{0, 0};
+    for (int i = 0; i < n_; ++i) {
+      if (i == k) at.before = at.total;
+      at.total += length(i);
+    }
+    return at;
+  }
   static View flat(char* p, int64_t bytes) { return {p, 1, bytes, bytes}; }
   int64_t extreme(bool largest) const {
     if (c_.sizes.empty()) return c_.length;

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MARK = "MESHRING_TEST_MARK"  # in the environment of every process that a test starts
+
+
+# The first lines of a script that knows its rank and needs no meshring.
+HEAD = """\
+import os, signal, subprocess, sys, time
+rank = int(os.environ["MESHRING_RANK"])
+def say(*words):
+    print(*words, flush=True)
+"""
 
 
 @dataclass
@@ -143,3 +153,7 @@ def run_ranks(
     """Run `script_text` on n ranks to its end; more than `timeout` seconds is a failure."""
     with launched(script_text, n, *args, launcher_args=launcher_args, env=env) as job:
         return job.finish(timeout)
+
+
+def script(body: str, head: str = HEAD) -> str:
+    return head + textwrap.dedent(body)

@@ -9,43 +9,27 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from procs import (
+    HEAD,
     MARK,
     Job,
     default_signals,
     job_processes,
     launched,
     run_ranks,
+    script,
     wait_gone,
     wait_until,
 )
 
-HEAD = """\
-import os, signal, subprocess, sys, time
-rank = int(os.environ["MESHRING_RANK"])
-def say(*words):
-    print(*words, flush=True)
-"""
 FOREVER = HEAD + 'say("ready")\nwhile True: signal.pause()\n'
 LOST = HEAD + (
     "class PeerLostError(Exception): pass\nPeerLostError.__module__ = 'meshring.errors'\n"
 )
-
-
-@pytest.fixture(autouse=True)
-def shared_memory_unchanged() -> Iterator[None]:
-    before = set(os.listdir("/dev/shm"))
-    yield
-    assert {name for name in os.listdir("/dev/shm") if "meshring" in name} <= before
-
-
-def script(body: str, head: str = HEAD) -> str:
-    return head + textwrap.dedent(body)
 
 
 def stopped(pid: int) -> bool:

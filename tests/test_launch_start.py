@@ -8,51 +8,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from procs import (
     MARK,
-    Job,
     job_processes,
     run_ranks,
+    script,
 )
-
-HEAD = """\
-import os, signal, subprocess, sys, time
-rank = int(os.environ["MESHRING_RANK"])
-def say(*words):
-    print(*words, flush=True)
-"""
-FOREVER = HEAD + 'say("ready")\nwhile True: signal.pause()\n'
-LOST = HEAD + (
-    "class PeerLostError(Exception): pass\nPeerLostError.__module__ = 'meshring.errors'\n"
-)
-
-
-@pytest.fixture(autouse=True)
-def shared_memory_unchanged() -> Iterator[None]:
-    before = set(os.listdir("/dev/shm"))
-    yield
-    assert {name for name in os.listdir("/dev/shm") if "meshring" in name} <= before
-
-
-def script(body: str, head: str = HEAD) -> str:
-    return head + textwrap.dedent(body)
-
-
-def stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
-def pids_of(job: Job, count: int) -> list[int]:
-    """The pids that ranks print as `pid R P`, by rank."""
-    job.wait_for("pid ", count)
-    found = dict(re.findall(r"pid (\d+) (\d+)\n", job.out()))
-    return [int(found[str(rank)]) for rank in range(count)]
-
 
 # Starting
 

@@ -1,4 +1,4 @@
-"""Types of the compiled extension. Hand-written; tests/test_stub.py compares it with the module."""
+"""Types of the compiled extension. Hand-written; tests/test_public.py compares them with it."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, overload
