@@ -16,7 +16,7 @@ def as_array(obj: Any, argument: str) -> Any:
         )
     if isinstance(obj, np.ndarray):
         return obj.view(np.ndarray)
-    if hasattr(obj, "__cuda_array_interface__"):
+    if _is_on_a_device(obj):
         kind = f"{type(obj).__module__}.{type(obj).__name__}"
         return (
             f"argument '{argument}' is a device array ({kind}); this version of "
@@ -42,6 +42,13 @@ def as_array(obj: Any, argument: str) -> Any:
         f"argument '{argument}' is {_a(obj)}, an array is needed: a numpy.ndarray, or anything "
         "with the buffer protocol or DLPack on the host"
     )
+
+
+def _is_on_a_device(obj: Any) -> bool:
+    try:
+        return hasattr(obj, "__cuda_array_interface__")
+    except Exception:  # CuPy asks the driver, which may be missing; torch's CPU tensors have none
+        return True
 
 
 def _a(obj: Any) -> str:
