@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -129,6 +130,17 @@ def main() -> None:
     print(f"meshring run -n 4 of a trivial module beyond python: {launch_s - bare_s:.2f} s")
     if options.json:
         report = {
+            "environment": {
+                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "python": platform.python_version(),
+                "kernel": platform.release(),
+                "cpu": next(
+                    line.split(": ")[1].strip()
+                    for line in Path("/proc/cpuinfo").read_text().splitlines()
+                    if line.startswith("model name")
+                ),
+                "cores": len(os.sched_getaffinity(0)),
+            },
             "unit": "us, median",
             "rounds": options.rounds,
             "all_reduce_bytes": medians,
