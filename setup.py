@@ -55,4 +55,6 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildExtension},
+    # Objects of one kind of build must not be linked into another.
+    options={"build": {"build_base": f"build/{SANITIZE}"}} if SANITIZE else {},
 )
