@@ -37,6 +37,7 @@ def nvrtc_paths(folders: list[str]) -> Iterator[str]:
 
 
 def cuda_home() -> str | None:
+    """Return the toolkit's folder as its users name it."""
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 
 
@@ -50,6 +51,7 @@ class Nvrtc:
         self.name = f"NVRTC {major.value}.{minor.value}"
 
     def check(self, result: int, what: str) -> None:
+        """Raise with NVRTC's text unless `result` is success."""
         if result != 0:
             self.lib.nvrtcGetErrorString.restype = ctypes.c_char_p
             raise Failed(f"{what}: {self.lib.nvrtcGetErrorString(result).decode()}")
@@ -63,6 +65,7 @@ class Nvrtc:
         return min(arch for arch in known if arch >= LEAST)
 
     def text(self, size_of: str, get: str, program: ctypes.c_void_p) -> str:
+        """Return what a pair of NVRTC's functions, size and content, tell of a program."""
         size = ctypes.c_size_t()
         self.check(getattr(self.lib, size_of)(program, ctypes.byref(size)), size_of)
         buffer = ctypes.create_string_buffer(size.value)
