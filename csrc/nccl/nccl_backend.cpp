@@ -265,7 +265,7 @@ void NcclBackend::enqueue(const Call* calls, size_t count, uint64_t record, Wait
 }
 
 const device::Kernels& NcclBackend::kernels() {
-  if (!kernels_) kernels_ = &device::Kernels::of(device::Driver::get(), device_);
+  if (!kernels_) kernels_ = &device::Kernels::of(device_);
   return *kernels_;
 }
 
