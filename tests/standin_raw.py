@@ -12,36 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from standin import Standin
 
-P, Z, I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+P, Z, N = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 DTYPES = "int8 uint8 int32 uint32 int64 uint64 float16 float32 float64 bfloat16 float8_e4m3fn float8_e5m2".split()
 OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3, "avg": 4}
 PARAMETERS = {
-    "AllReduce": (P, P, Z, I, I, P, P),
-    "AllGather": (P, P, Z, I, P, P),
-    "ReduceScatter": (P, P, Z, I, I, P, P),
-    "Broadcast": (P, P, Z, I, I, P, P),
-    "Reduce": (P, P, Z, I, I, I, P, P),
-    "AlltoAll": (P, P, Z, I, P, P),
-    "Gather": (P, P, Z, I, I, P, P),
-    "Scatter": (P, P, Z, I, I, P, P),
-    "Send": (P, Z, I, I, P, P),
-    "Recv": (P, Z, I, I, P, P),
+    "AllReduce": (P, P, Z, N, N, P, P),
+    "AllGather": (P, P, Z, N, P, P),
+    "ReduceScatter": (P, P, Z, N, N, P, P),
+    "Broadcast": (P, P, Z, N, N, P, P),
+    "Reduce": (P, P, Z, N, N, N, P, P),
+    "AlltoAll": (P, P, Z, N, P, P),
+    "Gather": (P, P, Z, N, N, P, P),
+    "Scatter": (P, P, Z, N, N, P, P),
+    "Send": (P, Z, N, N, P, P),
+    "Recv": (P, Z, N, N, P, P),
     "CommFinalize": (P,),
     "CommDestroy": (P,),
     "CommAbort": (P,),
-    "CommRevoke": (P, I),
+    "CommRevoke": (P, N),
     "CommGetAsyncError": (P, P),
-    "CommSplit": (P, I, I, P, P),
-    "CommShrink": (P, P, I, P, P, I),
-    "RedOpCreatePreMulSum": (P, P, I, I, P),
-    "RedOpDestroy": (I, P),
+    "CommSplit": (P, N, N, P, P),
+    "CommShrink": (P, P, N, P, P, N),
+    "RedOpCreatePreMulSum": (P, P, N, N, P),
+    "RedOpDestroy": (N, P),
     "MemAlloc": (P, Z),
     "MemFree": (P,),
     "CommRegister": (P, P, Z, P),
     "CommDeregister": (P, P),
-    "CommWindowRegister": (P, P, Z, P, I),
+    "CommWindowRegister": (P, P, Z, P, N),
     "CommWindowDeregister": (P, P),
     "GroupStart": (),
     "GroupEnd": (),
@@ -60,12 +61,12 @@ class Config(ctypes.Structure):
         ("size", Z),
         ("magic", ctypes.c_uint),
         ("version", ctypes.c_uint),
-        ("blocking", I),
-        ("ctas", I * 3),
+        ("blocking", N),
+        ("ctas", N * 3),
         ("net_name", ctypes.c_char_p),
-        ("share", I * 2),
+        ("share", N * 2),
         ("comm_name", ctypes.c_char_p),
-        ("rest", I * 4),
+        ("rest", N * 4),
     ]
 
     def __init__(self, blocking: int = 1) -> None:
@@ -87,7 +88,7 @@ class Nccl:
             if hasattr(self.dll, f"nccl{name}"):
                 getattr(self.dll, f"nccl{name}").argtypes = parameters
         self.dll.ncclGetLastError.restype = ctypes.c_char_p
-        self.dll.ncclCommInitRankConfig.argtypes = (P, I, UniqueId, I, P)
+        self.dll.ncclCommInitRankConfig.argtypes = (P, N, UniqueId, N, P)
         self.comm, self.rank, self.size, self.stream = 0, 0, 0, 0
         self.kept: list[Any] = []
 
@@ -118,7 +119,7 @@ class Nccl:
 
     def error(self, comm: int = 0) -> int:
         """The asynchronous error."""
-        out = I()
+        out = N()
         assert self.CommGetAsyncError(comm or self.comm, ctypes.byref(out)) == 0
         return out.value
 

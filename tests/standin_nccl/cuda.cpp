@@ -251,9 +251,9 @@ STANDIN_EXPORT Result cuModuleGetFunction(device::Function* function, device::Mo
     const std::lock_guard<std::mutex> lock(driver().mutex);
     if (driver().modules.count(module) == 0) return kInvalidHandle;
   }
-  const Kernel* const kernel = find_kernel(name);
+  const std::string* const kernel = find_kernel(name);
   if (kernel == nullptr) return kNotFound;
-  *function = const_cast<Kernel*>(kernel);
+  *function = const_cast<std::string*>(kernel);
   return 0;
 }
 
@@ -263,14 +263,14 @@ STANDIN_EXPORT Result cuLaunchKernel(device::Function function, unsigned grid_x,
                                      void** parameters, void** extra) {
   STANDIN_FAULT(cuLaunchKernel);
   static_cast<void>(shared);
-  const auto* const kernel = static_cast<const Kernel*>(function);
+  const auto* const kernel = static_cast<const std::string*>(function);
   if (kernel == nullptr || extra != nullptr || uint64_t{grid_x} * grid_y * grid_z == 0 ||
       uint64_t{block_x} * block_y * block_z - 1 >= 1024) {
     return kInvalidValue;
   }
-  Record("cuLaunchKernel").add("kernel", kernel->name).add("stream", stream);
-  return enqueue(stream,
-                 kernel->bind({grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, parameters));
+  Record("cuLaunchKernel").add("kernel", *kernel).add("stream", stream);
+  return enqueue(stream, bind_kernel(*kernel, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z},
+                                     parameters));
 }
 
 STANDIN_EXPORT Result cuMemcpyDtoDAsync_v2(device::Pointer target, device::Pointer source,

@@ -86,12 +86,8 @@ int current_device();
 struct Grid {
   unsigned x, y, z;
 };
-// A kernel on the CPU: copies the parameters, as cuLaunchKernel does, and returns the work.
-using Bind = Task (*)(Grid grid, Grid block, void** parameters);
-struct Kernel {
-  const char* name;
-  Bind bind;
-};
-const Kernel* find_kernel(const std::string& name);
+const std::string* find_kernel(const std::string& name);
+// A launch on the CPU: copies the parameters, as cuLaunchKernel does.
+Task bind_kernel(const std::string& kernel, Grid grid, Grid block, void** parameters);
 
 }  // namespace standin
