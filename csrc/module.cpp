@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "bind_communicator.hpp"
+#include "bind_kernels.hpp"
 #include "reduce.hpp"
 
 namespace meshring {
@@ -121,6 +122,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("die_with_parent", &die_with_parent, py::arg("parent_pid"));
   bind_segment(m);
   bind_communicator(m);
+  bind_kernels(m);
 }
 
 }  // namespace meshring
