@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "bind_device.hpp"
+#include "bind_kernels.hpp"
 #include "reduce.hpp"
 
 namespace meshring {
@@ -122,6 +123,7 @@ PYBIND11_MODULE(_core, m) {
   bind_segment(m);
   bind_communicator(m);
   bind_nccl(m);
+  bind_kernels(m);
 }
 
 }  // namespace meshring

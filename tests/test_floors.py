@@ -34,6 +34,7 @@ CPP = {
         "bind_call",
         "bind_collectives",
         "bind_communicator",
+        "bind_kernels",
         "bind_python",
         "bind_transfers",
         "module",

@@ -9,9 +9,10 @@ namespace meshring::device {
 
 namespace {
 
-constexpr int kAttributeMaxPitch = 11;         // CU_DEVICE_ATTRIBUTE_MAX_PITCH
 constexpr int kAttributeMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 constexpr u32 kBlocksPerMultiprocessor = 8;    // x kThreads: all the threads that one holds
+
+constexpr int64_t kMaxPitch = 0x7fffffff;  // of a 2-D copy, on every device
 
 Pointer pointer(const char* p) { return static_cast<Pointer>(reinterpret_cast<uintptr_t>(p)); }
 
@@ -34,14 +35,10 @@ void say_once(const std::string& why_not) {
 Kernels::Kernels(const Driver& driver, int device, const Ptx& ptx) : driver_(driver) {
   Device handle = 0;
   int multiprocessors = 0;
-  int max_pitch = 0;
   driver.check(driver.device_get(&handle, device), "cuDeviceGet");
   driver.check(driver.device_attribute(&multiprocessors, kAttributeMultiprocessors, handle),
                "cuDeviceGetAttribute");
-  driver.check(driver.device_attribute(&max_pitch, kAttributeMaxPitch, handle),
-               "cuDeviceGetAttribute");
   most_blocks_ = static_cast<u32>(std::max(1, multiprocessors)) * kBlocksPerMultiprocessor;
-  max_pitch_ = max_pitch;
   why_not_ = load(ptx);
   if (!compiled()) say_once(why_not_);
 }
@@ -116,7 +113,7 @@ void Kernels::copy_rows(Pointer to, int64_t to_pitch, Pointer from, int64_t from
                   "cuMemcpyDtoDAsync");
     return;
   }
-  if (std::max(to_pitch, from_pitch) > max_pitch_) {
+  if (std::max(to_pitch, from_pitch) > kMaxPitch) {
     for (int64_t r = 0; r < rows; ++r)
       driver_.check(driver_.copy(to + static_cast<Pointer>(r * to_pitch),
                                  from + static_cast<Pointer>(r * from_pitch), bytes, stream),

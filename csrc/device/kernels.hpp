@@ -26,20 +26,21 @@ class Kernels {
   void pack(const Layout& layout, const void* array, void* packed, Stream stream) const;
   void unpack(const Layout& layout, const void* packed, void* array, Stream stream) const;
 
+  // The same by the driver's copies, one a block, whatever compiled() says.
+  void copy(const Layout& layout, char* array, char* packed, bool pack, Stream stream) const;
+
   bool compiled() const { return why_not_.empty(); }  // false: the driver's copies are used
   const std::string& why_not() const { return why_not_; }
 
  private:
   std::string load(const Ptx& ptx);
   void run(const Layout& layout, void* array, void* packed, bool pack, Stream stream) const;
-  void copy(const Layout& layout, char* array, char* packed, bool pack, Stream stream) const;
   void copy_rows(Pointer to, int64_t to_pitch, Pointer from, int64_t from_pitch, int64_t width,
                  int64_t rows, Stream stream) const;
 
   const Driver& driver_;
   Function functions_[kKernelCount] = {};
-  u32 most_blocks_ = 0;    // of a launch: as many as the device runs at once
-  int64_t max_pitch_ = 0;  // of the driver's 2-D copies
+  u32 most_blocks_ = 0;  // of a launch: as many as the device runs at once
   std::string why_not_;
 };
 
