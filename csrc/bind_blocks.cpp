@@ -206,6 +206,7 @@ PyObject* scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
     try {
       if (me == call.root) {
         in = read_input(v[0], "x");
+        describe(call, in);
         const Along a =
             along(call, in.dtype, in.shape(), in.ndim, v[2] ? read_int(v[2], "axis") : 0);
         const std::vector<int64_t> sizes = cut_sizes(v[3], a.length, n);

@@ -379,7 +379,8 @@ std::vector<Communicator::TraceRow> Communicator::trace(int rank) const {
   const int64_t now = coarse_now_ns();
   for (uint64_t i = first; i <= last; ++i) {
     RecordCopy c = copy_of(ring.at(i));
-    const int64_t end = c.state == CallState::running ? now : c.ended_ns;
+    const bool ended = c.state == CallState::done || c.state == CallState::failed;
+    const int64_t end = ended ? c.ended_ns : now;
     rows.push_back(
         {rank, c, world_->segment().site(world_ranks_[static_cast<size_t>(rank)], c.site),
          static_cast<double>(now - c.when_ns) * 1e-9, static_cast<double>(end - c.when_ns) * 1e-9});
