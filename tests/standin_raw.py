@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -177,8 +176,9 @@ def threads(function: Callable[[Nccl, int], None], size: int, **init: Any) -> No
     assert not any(thread.is_alive() for thread in running), "a rank hangs"
 
 
-def process(function: Callable[[Nccl, int], None]) -> None:
-    """Run `function` as the rank that the command line names: RANK SIZE."""
+def process(function: Callable[[Nccl, int], None], **init: Any) -> None:
+    """Run `function` as the rank that the launcher made this process."""
     nccl = Nccl()
-    assert nccl.init(int(sys.argv[1]), int(sys.argv[2])) == 0
-    function(nccl, nccl.rank)
+    rank, size = int(os.environ["MESHRING_RANK"]), int(os.environ["MESHRING_SIZE"])
+    assert nccl.init(rank, size, **init) == 0
+    function(nccl, rank)
