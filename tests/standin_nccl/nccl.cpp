@@ -226,6 +226,7 @@ bool comm_fault(const char* function, const CommPointer& comm, Fault* fault, Res
       *result = Result::internal_error;
       return comm->aborted.load();
     case FaultKind::async:
+      if (comm->async.load() != Result::success) return false;
       comm->async.store(static_cast<Result>(fault->value));
       fail(comm->async.load(), std::string(function) + ": asynchronous fault");
       *result = Result::success;
