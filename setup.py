@@ -1,15 +1,19 @@
-"""Builds meshring._core: plain C++17 and pybind11, no CUDA needed."""
+"""Builds meshring._core: plain C++17 and pybind11; a CUDA compiler adds the device kernels."""
 
 import os
 import sys
 import sysconfig
+from copy import copy
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc" / "device"))
+from compile_ptx import write_ptx  # noqa: E402
+
 SANITIZE = os.environ.get("MESHRING_SANITIZE", "")
 STRICT = os.environ.get("MESHRING_STRICT", "") == "1"
 SANITIZERS = {
@@ -30,7 +34,14 @@ class BuildExtension(build_ext):
                 f"meshring cannot be built: {header} is missing; install Python's headers, on "
                 f"Debian and Ubuntu with: apt-get install python3-dev (or python{version}-dev)"
             )
+        self.ptx = Path(self.build_temp) / "ptx.cpp"
+        write_ptx(self.ptx)
         super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        ext = copy(ext)  # the generated source is none of the sdist's
+        ext.sources = [*ext.sources, str(self.ptx)]
+        super().build_extension(ext)
 
 
 sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))

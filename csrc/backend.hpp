@@ -65,4 +65,24 @@ class Backend {
   virtual std::string how_it_left(int p) const = 0;  // "was killed by SIGKILL (signal 9)"
 };
 
+// The contract of a backend for arrays on a GPU: calls are enqueued on a stream, and done when the
+// stream has come so far. One thread at a time enqueues. What went wrong on the device shows later:
+// then everything enqueued ends, and `trouble` (given at construction) is called, once.
+class DeviceBackend {
+ public:
+  virtual ~DeviceBackend() = default;
+  virtual const char* name() const = 0;
+
+  // Enqueues one collective, or sends and receives that go together. `record` is the call's number
+  // in this rank's ring.
+  virtual void enqueue(const Call* calls, size_t count, uint64_t record, WaitContext& wait) = 0;
+  // Done when everything enqueued so far on the call's stream is done.
+  virtual std::shared_ptr<Transfer> mark(const Call& call) = 0;
+  virtual void wait_for(Transfer& transfer, WaitContext& wait) = 0;
+  virtual void synchronize(WaitContext& wait) = 0;  // waits for all that was enqueued
+
+  virtual void give_up() = 0;  // ends what was enqueued; returns at once
+  virtual void close(WaitContext& wait) = 0;
+};
+
 }  // namespace meshring

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bind_device.hpp"
+
 namespace meshring {
 
 namespace {
@@ -38,7 +40,9 @@ void learn_ml_dtypes(bool import) {
               .ptr();
 }
 
-std::optional<DType> find(PyObject* descriptor) {
+}  // namespace
+
+std::optional<DType> find_dtype(PyObject* descriptor) {
   for (int i = 0; i < kDTypeCount; ++i)
     if (descriptors[i] == descriptor) return static_cast<DType>(i);
   learn_ml_dtypes(false);
@@ -51,9 +55,13 @@ std::optional<DType> find(PyObject* descriptor) {
   return std::nullopt;
 }
 
+namespace {
+
 std::string str_of(PyObject* object) { return py::cast<std::string>(py::str(py::handle(object))); }
 
-[[noreturn]] void refuse_dtype(PyObject* descriptor, const char* argument) {
+}  // namespace
+
+void refuse_dtype(PyObject* descriptor, const char* argument) {
   std::string fix = "convert it with .astype()";
   if (py::hasattr(descriptor, "byteorder") &&
       py::cast<std::string>(py::handle(descriptor).attr("byteorder")) == ">")
@@ -64,17 +72,20 @@ std::string str_of(PyObject* object) { return py::cast<std::string>(py::str(py::
         fix);
 }
 
+namespace {
+
 void read_numpy(PyObject* object, const char* argument, Array& a, int* flags) {
   const auto* proxy = reinterpret_cast<const Proxy*>(object);
   a.object = py::reinterpret_borrow<py::object>(object);
   a.data = proxy->data;
   a.ndim = proxy->nd;
-  a.shape = proxy->dimensions;
-  const std::optional<DType> dtype = find(proxy->descr);
+  a.device = -1;
+  a.numpy_shape = proxy->dimensions;
+  const std::optional<DType> dtype = find_dtype(proxy->descr);
   if (!dtype) refuse_dtype(proxy->descr, argument);
   a.dtype = *dtype;
   a.count = 1;
-  for (int i = 0; i < a.ndim; ++i) a.count *= a.shape[i];
+  for (int i = 0; i < a.ndim; ++i) a.count *= a.shape()[i];
   *flags = proxy->flags;
 }
 
@@ -91,9 +102,14 @@ Array read_any(PyObject* object, const char* argument, int* flags) {
   Array a;
   if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == ndarray_type) {
     read_numpy(object, argument, a, flags);
+  } else if (is_cupy(object)) {
+    *flags = kWriteable | (read_cupy(object, argument, a) ? kContiguous : 0);
   } else {
     const py::object array = coerced(object, argument);
-    read_numpy(array.ptr(), argument, a, flags);
+    if (is_cupy(array.ptr()))
+      *flags = kWriteable | (read_cupy(array.ptr(), argument, a) ? kContiguous : 0);
+    else
+      read_numpy(array.ptr(), argument, a, flags);
   }
   a.original = py::reinterpret_borrow<py::object>(object);
   return a;
@@ -118,8 +134,11 @@ Array read_input(PyObject* object, const char* argument) {
   Array a = read_any(object, argument, &flags);
   if (!(flags & kContiguous)) {
     const py::object packed = a.object.attr("copy")("C");
-    py::object original = a.original;
-    read_numpy(packed.ptr(), argument, a, &flags);
+    const py::object original = a.original;
+    if (a.device >= 0)
+      read_cupy(packed.ptr(), argument, a);
+    else
+      read_numpy(packed.ptr(), argument, a, &flags);
     a.original = original;
     a.packed = a.bytes();
   }
@@ -133,18 +152,23 @@ Array read_output(PyObject* object, const char* argument) {
   if (!(flags & kWriteable))
     usage(name + " is read-only and would be written; give a copy, x.copy()");
   if (!(flags & kContiguous))
-    usage(name + " is not C-contiguous (shape " + shape_text(a.ndim, a.shape) +
+    usage(name + " is not C-contiguous (shape " + shape_text(a.ndim, a.shape()) +
           ") and would be written; give a contiguous array, numpy.ascontiguousarray(x), or, where "
           "the operation has one, a contiguous out=");
   return a;
 }
 
-py::object new_array(int ndim, const Py_ssize_t* shape, DType dtype) {
+PyObject* descriptor_of(DType dtype) {
   PyObject*& descriptor = descriptors[static_cast<size_t>(dtype)];
   if (!descriptor) learn_ml_dtypes(true);
+  return descriptor;
+}
+
+py::object new_array(int ndim, const Py_ssize_t* shape, DType dtype, int device) {
   py::tuple dims(ndim);
   for (int i = 0; i < ndim; ++i) dims[static_cast<size_t>(i)] = shape[i];
-  PyObject* args[2] = {dims.ptr(), descriptor};
+  if (device >= 0) return new_cupy(dims, dtype, device);
+  PyObject* args[2] = {dims.ptr(), descriptor_of(dtype)};
   PyObject* array = PyObject_Vectorcall(numpy_empty, args, 2, nullptr);
   if (!array) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(array);
@@ -166,7 +190,7 @@ DType dtype_of(PyObject* anything, const char* argument) {
           ", which numpy.dtype() does not understand; give a dtype, for example 'float32'");
   }
   const py::object owner = py::reinterpret_steal<py::object>(descriptor);
-  const std::optional<DType> found = find(descriptor);
+  const std::optional<DType> found = find_dtype(descriptor);
   if (!found) refuse_dtype(descriptor, argument);
   return *found;
 }
@@ -328,10 +352,11 @@ std::vector<int64_t> cut_sizes(PyObject* sizes, int64_t total, int n) {
 // ---- shapes ---------------------------------------------------------------------------------
 
 void describe(Call& call, const Array& a) {
+  call.device = static_cast<int16_t>(a.device);
   call.dtype = a.dtype;
   call.count = a.count;
   call.ndim = static_cast<uint8_t>(a.ndim);
-  for (int i = 0; i < a.ndim && i < kMaxDims; ++i) call.dims[i] = a.shape[i];
+  for (int i = 0; i < a.ndim && i < kMaxDims; ++i) call.dims[i] = a.shape()[i];
 }
 
 void whole(Call& call, const Array& a) {
@@ -366,12 +391,20 @@ void set_sizes(Call& call, std::vector<int64_t> sizes) {
   if (!equal) call.sizes = std::move(sizes);
 }
 
-void check_out(const Array& out, DType dtype, const std::vector<Py_ssize_t>& shape) {
+static std::string place_text(int device) {
+  return device < 0 ? "on the host" : "on GPU " + std::to_string(device);
+}
+
+void check_out(const Array& out, const Call& call, const std::vector<Py_ssize_t>& shape) {
   const int ndim = static_cast<int>(shape.size());
-  if (out.dtype == dtype && out.ndim == ndim && std::equal(shape.begin(), shape.end(), out.shape))
+  const DType dtype = call.dtype;
+  if (out.device != call.device)
+    usage("argument 'out' is " + place_text(out.device) + ", and x is " + place_text(call.device) +
+          "; give both in one place");
+  if (out.dtype == dtype && out.ndim == ndim && std::equal(shape.begin(), shape.end(), out.shape()))
     return;
   usage("argument 'out' is " + std::string(name_of(out.dtype)) + " " +
-        shape_text(out.ndim, out.shape) + "; " + name_of(dtype) + " " +
+        shape_text(out.ndim, out.shape()) + "; " + name_of(dtype) + " " +
         shape_text(ndim, shape.data()) + " is needed");
 }
 
@@ -381,14 +414,16 @@ void check_overlap(const Array& in, const char* out, int64_t out_bytes, const ch
     usage("argument 'out' overlaps 'x' in memory; give an out that does not");
 }
 
-Array output_for(Call& call, PyObject* out, DType dtype, const std::vector<Py_ssize_t>& shape) {
+Array output_for(Call& call, PyObject* out, const std::vector<Py_ssize_t>& shape) {
   Array a;
   if (given(out)) {
     a = read_output(out, "out");
-    check_out(a, dtype, shape);
+    check_out(a, call, shape);
   } else {
-    const py::object made = new_array(static_cast<int>(shape.size()), shape.data(), dtype);
+    const py::object made =
+        new_array(static_cast<int>(shape.size()), shape.data(), call.dtype, call.device);
     a = read_output(made.ptr(), "out");
+    a.made = true;
   }
   call.out = a.data;
   return a;

@@ -1,5 +1,5 @@
-// F5. Arguments in: NumPy arrays read by their struct, everything else made into one; keywords,
-// operators, ranks and seconds. All throw Error(usage) that names the argument.
+// F5. Arguments in: NumPy and CuPy arrays read by their fields, everything else made into one;
+// keywords, operators, ranks and seconds. All throw Error(usage) that names the argument.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,17 +16,21 @@ namespace meshring {
 
 namespace py = pybind11;
 
-// A NumPy array of a dtype that meshring knows; C-contiguous. Holds a reference.
+// A NumPy or CuPy array of a dtype that meshring knows; C-contiguous. Holds a reference.
 struct Array {
-  py::object object;    // the ndarray that is read or written
+  py::object object;    // the array that is read or written
   py::object original;  // what the caller gave
   char* data = nullptr;
+  int device = -1;  // the GPU; -1 is the host
   int ndim = 0;
-  const Py_ssize_t* shape = nullptr;
+  const Py_ssize_t* numpy_shape = nullptr;
+  Py_ssize_t cupy_shape[32];
   DType dtype = DType::float32;
   int64_t count = 0;
+  bool made = false;   // by us, for this call
   int64_t packed = 0;  // bytes copied because the caller's array was not contiguous
 
+  const Py_ssize_t* shape() const { return numpy_shape ? numpy_shape : cupy_shape; }
   int64_t bytes() const { return count * static_cast<int64_t>(size_of(dtype)); }
 };
 
@@ -37,7 +41,11 @@ Array read_input(PyObject* object, const char* argument);
 // An output: contiguous and writable, or refused.
 Array read_output(PyObject* object, const char* argument);
 
-py::object new_array(int ndim, const Py_ssize_t* shape, DType dtype);
+py::object new_array(int ndim, const Py_ssize_t* shape, DType dtype, int device);
+// The dtype object of NumPy or ml_dtypes.
+PyObject* descriptor_of(DType dtype);
+std::optional<DType> find_dtype(PyObject* descriptor);
+[[noreturn]] void refuse_dtype(PyObject* descriptor, const char* argument);
 DType dtype_of(PyObject* anything, const char* argument);  // what numpy.dtype() understands
 std::string repr_of(PyObject* object);
 std::string shape_text(int ndim, const Py_ssize_t* shape);
@@ -87,10 +95,10 @@ struct Along {
 Along along(Call& call, DType dtype, const Py_ssize_t* shape, int ndim, int64_t axis);
 // Equal lengths are one number, so that sizes=[2, 2] and sizes=None are the same call.
 void set_sizes(Call& call, std::vector<int64_t> sizes);
-void check_out(const Array& out, DType dtype, const std::vector<Py_ssize_t>& shape);
+void check_out(const Array& out, const Call& call, const std::vector<Py_ssize_t>& shape);
 // out may be x's own place in it (`in_place`), and otherwise must not overlap x.
 void check_overlap(const Array& in, const char* out, int64_t out_bytes, const char* in_place);
 // `out` when given, else a new array. Sets call.out.
-Array output_for(Call& call, PyObject* out, DType dtype, const std::vector<Py_ssize_t>& shape);
+Array output_for(Call& call, PyObject* out, const std::vector<Py_ssize_t>& shape);
 
 }  // namespace meshring

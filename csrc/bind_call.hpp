@@ -50,6 +50,7 @@ void keep_arrays(PyCommunicator& comm, const Array* in, const Array* out);
 
 void end_group(PyCommunicator& comm, py::object timeout, bool cancelled);
 void add_collectives(py::class_<PyCommunicator>& type);
+void add_block_collectives(py::class_<PyCommunicator>& type);
 void add_transfers(py::class_<PyCommunicator>& type);
 
 // pybind11's own call costs twice as much as reading the arguments here.

@@ -1,6 +1,7 @@
 #include "bind_communicator.hpp"
 
 #include "bind_call.hpp"
+#include "bind_device.hpp"
 
 namespace meshring {
 
@@ -187,10 +188,8 @@ py::dict trace_row(const Communicator::TraceRow& row) {
   d["call"] = r.call();
   d["dtype"] = name_of(r.dtype);
   d["count"] = r.count;
-  d["state"] = r.state == CallState::running  ? "running"
-               : r.state == CallState::done   ? "done"
-               : r.state == CallState::failed ? "failed"
-                                              : "empty";
+  constexpr const char* kStates[] = {"empty", "running", "done", "failed", "enqueued"};
+  d["state"] = kStates[static_cast<size_t>(r.state)];
   d["site"] = row.site;
   d["seconds_ago"] = row.seconds_ago;
   d["duration_s"] = row.duration;
@@ -320,8 +319,11 @@ void bind_communicator(py::module_& m) {
                return rows;
              });
            })
+      .def("_abort", [](PyCommunicator& c) { with_door(c, "abort", [&c] { c.live().give_up(); }); })
       .def("_close", &close);
   add_collectives(type);
+  add_block_collectives(type);
+  add_device(type);
   add_transfers(type);
 }
 

@@ -3,7 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "bind_arguments.hpp"
@@ -32,8 +34,16 @@ class PyCommunicator {
   int64_t packed_bytes = 0;  // copied because inputs were not contiguous
   bool busy = false;         // a thread is inside a call
   int group_depth = 0;
-  std::vector<py::object> group;    // PyWork of the open group
-  std::vector<py::object> kept;     // arrays that others may still read
+  std::vector<py::object> group;          // PyWork of the open group
+  std::vector<py::object> kept;           // arrays that others may still read
+  std::vector<Call> device_group;         // sends and receives of the open group that are on a GPU
+  std::vector<py::object> device_arrays;  // theirs
+  // Arrays on other streams than CuPy's current one, until the GPU is done with them.
+  std::deque<std::pair<std::shared_ptr<Pending>, py::object>> lent;
+  std::vector<std::pair<void*, py::object>> streams;  // kept alive: the watchdog looks at them
+  void* last_stream = nullptr;
+  void keep_stream(void* handle, py::object stream);
+  void harvest();
   int dropped = 0;                  // Works that were let go before they were done
   int waiting = 0;                  // threads inside Work.wait()
   std::unique_ptr<Communicator> c;  // the last member: its threads end before the arrays go

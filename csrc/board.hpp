@@ -9,7 +9,7 @@
 
 namespace meshring {
 
-enum class CallState : uint8_t { empty, running, done, failed };
+enum class CallState : uint8_t { empty, running, done, failed, enqueued };
 enum class Life : uint32_t { absent, running, exited, raised };
 
 // A word of the board: written by one rank, read by any, never waited on.

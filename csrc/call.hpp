@@ -23,11 +23,14 @@ enum class CallKind : uint8_t {
   send,
   recv,
   split,
+  synchronize,
+  init,
 };
 
 inline constexpr const char* kCallNames[] = {
-    "nothing", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "gather",
-    "scatter", "all_to_all", "barrier",    "send",           "recv",      "split"};
+    "nothing", "all_reduce", "all_gather", "reduce_scatter", "broadcast",
+    "reduce",  "gather",     "scatter",    "all_to_all",     "barrier",
+    "send",    "recv",       "split",      "synchronize",    "init"};
 constexpr const char* name_of(CallKind k) { return kCallNames[static_cast<size_t>(k)]; }
 
 constexpr bool has_op(CallKind k) {
@@ -37,6 +40,7 @@ constexpr bool has_root(CallKind k) {
   return k == CallKind::broadcast || k == CallKind::reduce || k == CallKind::gather ||
          k == CallKind::scatter;
 }
+constexpr bool is_transfer(CallKind k) { return k == CallKind::send || k == CallKind::recv; }
 // One block per rank is cut out of the input (else the input is one block for everybody).
 constexpr bool cuts_input(CallKind k) {
   return k == CallKind::reduce_scatter || k == CallKind::scatter || k == CallKind::all_to_all;
@@ -51,13 +55,15 @@ struct Call {
   CallKind part_of = CallKind::none;  // an exchange of lengths before that operation
   DType dtype = DType::float32;
   RedOp op = RedOp::sum;
-  int8_t axis = -1;   // for messages
-  uint8_t ndim = 0;   // of the caller's array, for messages
-  int32_t root = -1;  // root, or the peer of send and recv
-  uint32_t site = 0;  // the caller's file and line (Board::add_site)
-  int64_t count = 0;  // elements of the caller's array, for messages
+  int8_t axis = -1;     // for messages
+  uint8_t ndim = 0;     // of the caller's array, for messages
+  int16_t device = -1;  // GPU of the arrays; -1 is the host
+  int32_t root = -1;    // root, or the peer of send and recv
+  uint32_t site = 0;    // the caller's file and line (Board::add_site)
+  int64_t count = 0;    // elements of the caller's array, for messages
   const void* in = nullptr;
   void* out = nullptr;
+  void* stream = nullptr;  // of the GPU
   int64_t outer = 1;
   int64_t unit = 1;
   int64_t length = 0;  // of the axis, of each block, when all are equal
@@ -75,7 +81,7 @@ inline uint64_t signature(const Call& c) {
   };
   mix(static_cast<uint64_t>(c.kind) | static_cast<uint64_t>(c.dtype) << 8 |
       static_cast<uint64_t>(c.part_of) << 24 |
-      (has_op(c.kind) ? static_cast<uint64_t>(c.op) << 16 : 0) |
+      (has_op(c.kind) || has_op(c.part_of) ? static_cast<uint64_t>(c.op) << 16 : 0) |
       (has_root(c.kind) || has_root(c.part_of)
            ? static_cast<uint64_t>(static_cast<uint32_t>(c.root)) << 32
            : 0));

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "host/host_backend.hpp"
+#include "nccl/nccl_backend.hpp"
 
 namespace meshring {
 
@@ -70,7 +71,9 @@ Communicator::Communicator(std::shared_ptr<World> world, int region, std::vector
 
 Communicator::~Communicator() { abandon(); }
 
-const char* Communicator::backend() const { return backend_->name(); }
+const char* Communicator::backend() const {
+  return choice_.device >= 0 ? "nccl" : backend_->name();
+}
 
 std::string Communicator::poisoned() const {
   std::lock_guard<std::mutex> guard(poison_lock_);
@@ -83,12 +86,14 @@ void Communicator::close(Hooks& hooks) {
     // The threads and the membership are the parent's; only our mapping goes.
     closed_ = true;
     static_cast<void>(worker_.release());
+    static_cast<void>(device_.release());
     static_cast<void>(backend_.release());
     return;
   }
   if (worker_ && worker_->wait_idle(Deadline(timeout_), hooks) != Worker::Outcome::done)
     abort_.store(true);
   worker_.reset();
+  close_device(hooks);
   closed_ = true;
   backend_->close();
   backend_.reset();
@@ -102,14 +107,22 @@ void Communicator::abandon() {
   close(hooks);
 }
 
+void Communicator::give_up() {
+  check_usable();
+  poison(Error(Trouble::interrupted, ""), "abort() was called on this rank");
+}
+
 void Communicator::check_usable() const {
   if (closed_) usage("this communicator is closed; make a new one");
   if (forks_ != forks.load(std::memory_order_relaxed))
     usage(
         "this process is a fork of a rank, not a rank; start ranks with `meshring run`, and helper "
         "processes with multiprocessing's \"spawn\"");
-  if (is_poisoned_.load(std::memory_order_acquire))
+  if (is_poisoned_.load(std::memory_order_acquire)) {
+    if (device_health_ && device_health_->failed.load() && !told_.exchange(true))
+      throw *device_health_->get();
     usage("this communicator cannot be used any more, only closed, since: " + poisoned());
+  }
 }
 
 // ---- the path -------------------------------------------------------------------------------
@@ -212,7 +225,7 @@ std::optional<Error> Communicator::error_of(const Pending& pending) const {
   if (!test(pending)) return std::nullopt;
   if (!pending.transfer) return pending.error;
   const std::optional<Error> error = pending.transfer->error();
-  if (!error) return std::nullopt;
+  if (!error || error->complete) return error;
   return completed(*error, pending.call, 0, timeout_);
 }
 
@@ -228,6 +241,10 @@ void Communicator::wait(Pending& pending, double timeout, Hooks& hooks) {
     if (pending.error) throw *pending.error;
     return;
   }
+  if (pending.call.device >= 0) {
+    wait_for_device(pending, timeout, hooks);
+    return;
+  }
   if (!pending.transfer->done()) check_usable();
   WaitContext context{Deadline(timeout), hooks};
   const uint64_t record = pending.number;
@@ -241,7 +258,22 @@ void Communicator::wait(Pending& pending, double timeout, Hooks& hooks) {
   }
 }
 
+void Communicator::synchronize(double timeout, Hooks& hooks) {
+  check_usable();
+  Pending all;
+  all.call.kind = CallKind::synchronize;
+  Deadline deadline(timeout);
+  if (worker_) {
+    const Worker::Outcome outcome = worker_->wait_idle(deadline, hooks);
+    if (outcome != Worker::Outcome::done)
+      throw Error(outcome == Worker::Outcome::late ? Trouble::deadline : Trouble::interrupted,
+                  not_done_text(all, timeout));
+  }
+  if (device_) wait_for_device(all, timeout, hooks);
+}
+
 void Communicator::fail(const Error& error, const Call& call, uint64_t seq, Deadline& deadline) {
+  if (error.complete) throw error;
   switch (error.trouble) {
     case Trouble::usage:
       throw error;
@@ -266,6 +298,7 @@ void Communicator::poison(const Error& error, const std::string& text) {
   }
   is_poisoned_.store(true, std::memory_order_release);
   abort_.store(true);
+  if (device_) device_->give_up();
   if (backend_) backend_->withdraw(error.trouble, error.ranks.empty() ? -1 : error.ranks[0]);
 }
 
@@ -316,7 +349,10 @@ std::unique_ptr<Communicator> Communicator::split(int64_t color, int64_t key, ui
   }
   const std::vector<int64_t> regions = exchange({region}, call, timeout, hooks);
   if (trouble) throw Error(trouble->trouble, "split: " + trouble->text);
-  if (color < 0) return nullptr;
+  if (color < 0) {
+    split_device(nullptr, -1, 0, timeout, hooks);
+    return nullptr;
+  }
   region = regions[static_cast<size_t>(members[0])];
   if (region < 0)
     throw Error(Trouble::backend, "split: rank " + std::to_string(members[0]) +
@@ -328,8 +364,10 @@ std::unique_ptr<Communicator> Communicator::split(int64_t color, int64_t key, ui
     world_ranks.push_back(world_ranks_[static_cast<size_t>(p)]);
     if (p == rank_) rank = i;
   }
-  return std::unique_ptr<Communicator>(
+  std::unique_ptr<Communicator> part(
       new Communicator(world_, static_cast<int>(region), std::move(world_ranks), rank, timeout_));
+  split_device(part.get(), static_cast<int>(members[0]), rank, timeout, hooks);
+  return part;
 }
 
 std::vector<Communicator::TraceRow> Communicator::trace(int rank) const {
@@ -341,7 +379,8 @@ std::vector<Communicator::TraceRow> Communicator::trace(int rank) const {
   const int64_t now = coarse_now_ns();
   for (uint64_t i = first; i <= last; ++i) {
     RecordCopy c = copy_of(ring.at(i));
-    const int64_t end = c.state == CallState::running ? now : c.ended_ns;
+    const bool ended = c.state == CallState::done || c.state == CallState::failed;
+    const int64_t end = ended ? c.ended_ns : now;
     rows.push_back(
         {rank, c, world_->segment().site(world_ranks_[static_cast<size_t>(rank)], c.site),
          static_cast<double>(now - c.when_ns) * 1e-9, static_cast<double>(end - c.when_ns) * 1e-9});

@@ -10,10 +10,29 @@
 
 #include "backend.hpp"
 #include "board.hpp"
+#include "nccl/api.hpp"
 #include "worker.hpp"
 #include "world.hpp"
 
 namespace meshring {
+
+namespace nccl {
+class NcclBackend;
+struct Health;
+}  // namespace nccl
+
+std::string ranks_text(const std::vector<int>& ranks);  // "ranks 1, 2 and 5"
+
+// What all ranks have decided about GPUs, together.
+struct DeviceChoice {
+  int device = -1;  // of this rank; -1: NCCL is off
+  std::string why_off =
+      "ranks made by run_local() are threads of one process; start processes with `meshring run`";
+  bool first = false;  // new arrays are made on the GPU where no array says otherwise
+  bool check = false;  // compare the ranks' calls before each launch
+  nccl::Config config;
+  std::string net_name, comm_name;  // config points at them
+};
 
 // An asynchronous collective, or a posted send or receive. Whoever holds it keeps the arrays alive.
 struct Pending {
@@ -57,9 +76,26 @@ class Communicator {
   // The ranks of equal colour, ordered by (key, rank); null for colour -1. Collective.
   std::unique_ptr<Communicator> split(int64_t color, int64_t key, uint32_t site, double timeout,
                                       Hooks& hooks);
+  // Waits until all that was started on this rank is done.
+  void synchronize(double timeout, Hooks& hooks);
+
+  // ---- arrays on a GPU: communicator_device.cpp ----
+  void choose_device(DeviceChoice choice);
+  const DeviceChoice& choice() const { return choice_; }
+  void check_device(int device) const;  // Error(usage) when arrays of that GPU cannot be sent
+  bool device_open() const { return device_ != nullptr; }
+  nccl::NcclBackend& device() const;  // Error(usage) when not open
+  // Makes the NCCL communicator; collective. Done by the first collective on a GPU otherwise.
+  void open_device(const Call& on_behalf_of, double timeout, Hooks& hooks);
+  // Enqueues one collective, or sends and receives that go together.
+  void enqueue(const Call* calls, size_t count, double timeout, Hooks& hooks);
+  // Something to wait for: done when what was enqueued up to now on the call's stream is done.
+  std::shared_ptr<Pending> mark(const Call& call);
+
   // Lets queued operations end first (up to the default timeout).
   void close(Hooks& hooks);
   void abandon();  // closes without waiting for them
+  void give_up();  // tells the peers, ends what runs; only close and trace work afterwards
   // Throws Error(usage) when closed, poisoned or in a forked child.
   void check_usable() const;
 
@@ -80,11 +116,20 @@ class Communicator {
   // Completes the sentence, poisons where the trouble asks for it, and throws.
   [[noreturn]] void fail(const Error& error, const Call& call, uint64_t seq, Deadline& deadline);
   void poison(const Error& error, const std::string& text);
+  std::unique_ptr<nccl::NcclBackend> new_device();
+  void split_device(Communicator* part, int color, int key, double timeout, Hooks& hooks);
+  void compare(const Call& call, WaitContext& wait);
+  void device_failed(const Error& error, uint64_t record);
+  void device_finished(uint64_t record);
+  [[noreturn]] void device_stuck();
+  void close_device(Hooks& hooks);
+  void wait_for_device(Pending& pending, double timeout, Hooks& hooks);
   Error completed(const Error& error, const Call& call, uint64_t seq, double limit) const;
 
   // report.cpp
   std::string door(const Call& call, uint64_t seq) const;  // "all_reduce #3 (rank 1/4)"
   std::string not_done_text(const Pending& pending, double limit) const;
+  Error completed_device(const Error& error, const Call& call, uint64_t seq, double limit) const;
   std::string mismatch_text(const Call& call, uint64_t seq, std::vector<int>* culprits) const;
   std::string table(const std::vector<int>& missing) const;
   std::string doing(int p, bool missing) const;
@@ -92,6 +137,7 @@ class Communicator {
   std::string at_site(int p, uint32_t site) const;
   std::optional<RecordCopy> record_of(int p, uint64_t seq) const;
   std::optional<RecordCopy> latest(int p) const;
+  std::optional<RecordCopy> latest_collective(int p) const;
 
   std::shared_ptr<World> world_;
   int region_;
@@ -112,6 +158,10 @@ class Communicator {
   std::string poisoned_;
   unsigned forks_;
   std::unique_ptr<Worker> worker_;
+  DeviceChoice choice_;
+  std::unique_ptr<nccl::NcclBackend> device_;
+  std::shared_ptr<nccl::Health> device_health_;
+  mutable std::atomic<bool> told_{false};  // somebody was told how the device failed
 };
 
 }  // namespace meshring

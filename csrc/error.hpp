@@ -27,6 +27,7 @@ class Error : public std::exception {
   std::string text;
   std::vector<int> ranks;  // the ranks to blame, in the numbering of the communicator
   std::string table;       // who did what, one line a rank; may be empty
+  bool complete = false;   // the text is the whole sentence already
 };
 
 [[noreturn]] inline void usage(std::string text) { throw Error(Trouble::usage, std::move(text)); }

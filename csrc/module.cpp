@@ -7,7 +7,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "bind_communicator.hpp"
+#include "bind_device.hpp"
+#include "bind_kernels.hpp"
 #include "reduce.hpp"
 
 namespace meshring {
@@ -40,7 +41,7 @@ py::object reduce_arrays(const std::string& op_name, const py::sequence& inputs,
   }
   if (!supports(arrays[0].dtype, op)) usage("reduce_arrays: no such reduction of this dtype");
   const py::object made =
-      out.is_none() ? new_array(arrays[0].ndim, arrays[0].shape, arrays[0].dtype) : out;
+      out.is_none() ? new_array(arrays[0].ndim, arrays[0].shape(), arrays[0].dtype, -1) : out;
   const Array result = read_output(made.ptr(), "out");
   if (result.dtype != arrays[0].dtype || result.count != arrays[0].count)
     usage("reduce_arrays: out must be like the arrays");
@@ -121,6 +122,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("die_with_parent", &die_with_parent, py::arg("parent_pid"));
   bind_segment(m);
   bind_communicator(m);
+  bind_nccl(m);
+  bind_kernels(m);
 }
 
 }  // namespace meshring

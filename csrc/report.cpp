@@ -8,8 +8,6 @@
 
 namespace meshring {
 
-namespace {
-
 std::string ranks_text(const std::vector<int>& ranks) {
   std::string s = ranks.size() == 1 ? "rank " : "ranks ";
   for (size_t i = 0; i < ranks.size(); ++i) {
@@ -18,6 +16,8 @@ std::string ranks_text(const std::vector<int>& ranks) {
   }
   return s;
 }
+
+namespace {
 
 std::string seconds(double s) {
   char text[32];
@@ -93,6 +93,15 @@ std::optional<RecordCopy> Communicator::latest(int p) const {
   return copy_of(rings_[p].at(last));
 }
 
+std::optional<RecordCopy> Communicator::latest_collective(int p) const {
+  std::optional<RecordCopy> best;
+  for (const Record& r : rings_[p].records) {
+    const RecordCopy c = copy_of(r);
+    if (c.state != CallState::empty && c.seq > (best ? best->seq : 0)) best = c;
+  }
+  return best;
+}
+
 std::optional<RecordCopy> Communicator::record_of(int p, uint64_t seq) const {
   for (const Record& r : rings_[p].records) {
     RecordCopy c = copy_of(r);
@@ -153,6 +162,8 @@ std::string Communicator::last_call(int p) const {
     case CallState::failed:
       return "failed after " + seconds(static_cast<double>(r->ended_ns - r->when_ns) * 1e-9) +
              " in " + s;
+    case CallState::enqueued:
+      return "enqueued " + s + " " + seconds(ago) + " ago, not done yet";
     case CallState::done:
     case CallState::empty:
       return "last call was " + s + ", " + seconds(ago) + " ago";
@@ -200,7 +211,7 @@ Error Communicator::completed(const Error& error, const Call& call, uint64_t seq
                               double limit) const {
   Error out = error;
   const std::string where = door(call, seq) + ": ";
-  const bool transfer = call.kind == CallKind::send || call.kind == CallKind::recv;
+  const bool transfer = is_transfer(call.kind);
   switch (error.trouble) {
     case Trouble::usage:
       break;

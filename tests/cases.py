@@ -1,6 +1,6 @@
 """The one case table: what is called, on what arrays, and what must come back.
 
-`table()` gives cases, `run_case(comm, case)` runs one on any communicator. Not the full product of
+`table()` gives cases, `run_case(comm, case, where)` runs one on any communicator and device. Not the full product of
 all properties: every (dtype, op) of every operation, and of the shape properties every pair (or
 triple, with `strength=3`) that is legal.
 """
@@ -163,6 +163,29 @@ def _shapes(
             yield Case(operation, row[4], dtype, op, *row[:4])
 
 
+# ---- where arrays live ----------------------------------------------------------------------
+
+
+def _assign(x: Any, a: np.ndarray) -> None:
+    x[...] = a
+
+
+@dataclass(frozen=True)
+class Where:
+    """How arrays come to the device of a backend and back, and how results are compared there."""
+
+    put: Callable[[np.ndarray], Any] = lambda a: a  # of a C-contiguous array
+    get: Callable[[Any], Any] = lambda a: a
+    assign: Callable[[Any, np.ndarray], None] = _assign
+    difference: Callable[[Case, Any, Any], str | None] = lambda case, got, want: oracle.difference(
+        got, want
+    )
+    sends_to_itself: bool = True  # without group()
+
+
+HOST = Where()
+
+
 # ---- arrays ---------------------------------------------------------------------------------
 
 
@@ -292,13 +315,10 @@ def _place(lengths: Sequence[int], r: int) -> slice:
 def run_case(
     comm: Any,
     case: Case,
-    put: Callable[[np.ndarray], Any] = lambda a: a,
-    get: Callable[[Any], Any] = lambda a: a,
+    where: Where = HOST,
 ) -> list[tuple[str, Any, Any]]:
-    """Run one case on this rank; return (what, got, wanted) for everything that can be wrong.
-
-    put and get move a C-contiguous array to the device of the backend and back.
-    """
+    """Run one case on this rank; return (what, got, wanted) for everything that can be wrong."""
+    put, get = where.put, where.get
     p, me, operation, layout = plan(case), comm.rank, case.operation, case.layout
     given, want = p.inputs[me], p.expected[me]
     if operation == "barrier":
@@ -313,7 +333,7 @@ def run_case(
         if operation in JOINS:
             out = poisoned(want, "c", put)
             x = out[_place(p.lengths, me)]
-            x[...] = put(given.copy())
+            where.assign(x, given)
         elif operation == "reduce":
             out = x
         elif operation in CUTS and (operation != "scatter" or me == case.root):
@@ -326,7 +346,7 @@ def run_case(
     if operation in (*JOINS, *CUTS):
         named |= {"axis": p.axis, "sizes": p.sizes[me]}
     if operation in ("sendrecv", "send"):
-        result = _ring(comm, case, x, out, want)
+        result = _ring(comm, case, x, out, want, where)
     elif operation == "scatter" and me != case.root:
         result = comm.scatter(None, root=case.root, **({} if out is None else {"out": out}))
     else:
@@ -343,15 +363,19 @@ def run_case(
     return found
 
 
-def _ring(comm: Any, case: Case, x: Any, out: Any, want: np.ndarray) -> Any:
+def _ring(comm: Any, case: Case, x: Any, out: Any, want: np.ndarray, where: Where) -> Any:
     """Send x to the next rank and receive from the one before."""
     dest, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     if case.operation == "sendrecv":
         if out is None and want.shape != x.shape:
-            out = np.empty_like(want)
+            out = where.put(np.empty_like(want))
         return comm.sendrecv(x, dest, source, out)
     target = (want.shape, source, want.dtype) if out is None else (out, source)
-    if comm.size == 1:
+    if comm.size == 1 and not where.sends_to_itself:
+        with comm.group():
+            comm.send(x, dest)
+            result = comm.recv(*target)
+    elif comm.size == 1:
         work = comm.isend(x, dest)
         result = comm.recv(*target)
         work.wait()
@@ -364,7 +388,7 @@ def _ring(comm: Any, case: Case, x: Any, out: Any, want: np.ndarray) -> Any:
     return result
 
 
-def failures(comm: Any, cases: Sequence[Case]) -> list[str]:
+def failures(comm: Any, cases: Sequence[Case], where: Where = HOST) -> list[str]:
     """Run cases on this rank and return a line for everything that went wrong.
 
     An exception ends it: the ranks are then no longer at the same case.
@@ -372,11 +396,11 @@ def failures(comm: Any, cases: Sequence[Case]) -> list[str]:
     lines = []
     for case in cases:
         try:
-            found = run_case(comm, case)
+            found = run_case(comm, case, where)
         except Exception as error:
             return [*lines, f"rank {comm.rank}: {case}: {type(error).__name__}: {error}"]
         for what, got, want in found:
-            wrong = oracle.difference(got, want)
+            wrong = where.difference(case, got, want)
             if wrong:
                 lines.append(f"rank {comm.rank}: {case}: {what}: {wrong}")
     return lines

@@ -296,6 +296,8 @@ void HostBackend::consume(const Call& call, const Blocks& blocks, int64_t lo, in
     case CallKind::send:
     case CallKind::recv:
     case CallKind::split:
+    case CallKind::synchronize:
+    case CallKind::init:
       return;
   }
 }
@@ -400,6 +402,8 @@ void HostBackend::directly(const Call& call, const Blocks& blocks, WaitContext& 
     case CallKind::send:
     case CallKind::recv:
     case CallKind::split:
+    case CallKind::synchronize:
+    case CallKind::init:
       break;
   }
   step(sign, wait);

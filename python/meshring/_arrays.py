@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,7 @@ def as_array(obj: Any, argument: str) -> Any:
     if isinstance(obj, np.ndarray):
         return obj.view(np.ndarray)
     if _is_on_a_device(obj):
-        kind = f"{type(obj).__module__}.{type(obj).__name__}"
-        return (
-            f"argument '{argument}' is a device array ({kind}); this version of "
-            "meshring has the host backend only: copy it to the host first, for example x.get()"
-        )
+        return _cupy_array(obj, argument)
     if isinstance(obj, (list, tuple, int, float, complex, str, type(None), np.generic)):
         return (
             f"argument '{argument}' is {_a(obj)}, an array is needed; "
@@ -49,6 +46,49 @@ def _is_on_a_device(obj: Any) -> bool:
         return hasattr(obj, "__cuda_array_interface__")
     except Exception:  # CuPy asks the driver, which may be missing; torch's CPU tensors have none
         return True
+
+
+def _cupy_array(obj: Any, argument: str) -> Any:
+    """Return a cupy.ndarray that shares memory with `obj`, which is on a GPU, or the refusal."""
+    kind = f"{type(obj).__module__}.{type(obj).__name__}"
+    cupy = sys.modules.get("cupy")
+    if cupy is None:
+        return (
+            f"argument '{argument}' is on a GPU ({kind}), and CuPy is not imported; import cupy "
+            "where it is installed (pip install 'meshring[cu12]'), or copy it to the host"
+        )
+    try:
+        if hasattr(obj, "__dlpack__"):
+            return cupy.from_dlpack(obj)
+        return cupy.asarray(obj)
+    except Exception as error:  # what an exporter raises is its own
+        return f"argument '{argument}' ({kind}) cannot be shared with CuPy: {error}"
+
+
+# ---- what the extension asks CuPy for on its slow paths
+
+
+def device_empty(shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+    """Return a new array on that GPU, which is not CuPy's current one."""
+    cupy = sys.modules["cupy"]
+    with cupy.cuda.Device(device):
+        return cupy.empty(shape, dtype)
+
+
+def current_stream(device: int) -> Any:
+    """Return CuPy's current stream of that GPU; each GPU has its own."""
+    cupy = sys.modules["cupy"]
+    with cupy.cuda.Device(device):
+        return cupy.cuda.get_current_stream()
+
+
+def stream_pointer(stream: Any) -> int | None:
+    """Return the cudaStream_t of an object with the __cuda_stream__ protocol, else None."""
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is None:
+        return None
+    version_and_pointer = protocol() if callable(protocol) else protocol
+    return int(version_and_pointer[1])
 
 
 def _a(obj: Any) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from meshring import _core
+from meshring import _core, device, nccl
 from meshring.backends import require
 from meshring.environment import detect
 from meshring.errors import DeadlineError, MeshringError, PeerLostError, UsageError
@@ -77,6 +77,45 @@ class Communicator(_core.Communicator):
         """
         return self._trace(self.rank if rank is None else rank)
 
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Wait until everything that this rank started on the communicator is done.
+
+        On a GPU that is what was enqueued, on whichever stream; unlike a stream's own synchronize()
+        it has a deadline, and raises what went wrong on the device.
+        Units: timeout in seconds. Errors: DeadlineError (the work goes on), and those of the calls
+        themselves. Source: cuEventQuery, ncclCommGetAsyncError.
+        """
+        self._synchronize(timeout)
+
+    def register(
+        self, x: Any, *, window: bool = False, timeout: float | None = None
+    ) -> nccl.Registration:
+        """Register the memory of x, an array on the GPU, with NCCL, which then avoids copies.
+
+        window=True is collective, and needs memory of nccl.allocator() and the same offset on all
+        ranks. Shapes: any, contiguous. Units: timeout in seconds. Errors: UsageError, BackendError.
+        Source: ncclCommRegister (2.19.1), ncclCommWindowRegister (2.27.3).
+        """
+        return nccl.Registration(self, x, window, self._register(x, window, timeout))
+
+    @property
+    def device(self) -> int | None:
+        """The GPU of this rank, or None where NCCL is off; nccl_off then says why."""
+        return None if self._device < 0 else self._device
+
+    @property
+    def nccl_off(self) -> str | None:
+        """Why arrays on a GPU cannot be sent, in a sentence; None where they can."""
+        return self._why_off if self._device < 0 else None
+
+    def abort(self) -> None:
+        """Give the communicator up: peers that wait for this rank learn it, GPU work is ended.
+
+        Only close() and trace() work afterwards. Errors: none. Source: ncclCommAbort, MPI_Abort.
+        """
+        if not self.closed:
+            self._abort()
+
     def close(self) -> None:
         """Leave the communicator; safe to call twice. Peers that still wait for this rank learn it.
 
@@ -111,19 +150,32 @@ _world: Communicator | None = None
 _job: tuple[_core.Segment, int] | None = None  # of this process, for its last words
 
 
-def init(backend: str = "auto", *, timeout: float | None = None) -> Communicator:
+def init(
+    backend: str = "auto",
+    *,
+    timeout: float | None = None,
+    check: bool | None = None,
+    nccl: nccl.Config | None = None,
+) -> Communicator:
     """Join the job that this process was started in, and return the communicator of all ranks.
 
     Under `meshring run` that is the job of the launcher; a process that no launcher started is a
     job of one rank. A second call returns the same communicator until it is closed.
-    backend: "auto" or "host". Units: timeout in seconds, for this call and the default for all
-    others (300, or MESHRING_TIMEOUT); float("inf") waits for ever.
-    Errors: UsageError for bad arguments or a launcher that cannot be used; DeadlineError and
-    PeerLostError when ranks do not come. Source: MPI_Init, ncclCommInitRank.
+    backend: "host" for arrays in memory only; "nccl" for arrays on GPUs too; "auto" is "nccl" where
+    CuPy and NCCL are installed and every rank has a GPU of its own, else "host" (comm.nccl_off says
+    why). With "nccl" the NCCL communicator is made now, with "auto" by the first collective on a
+    GPU. check: compare the ranks' calls before each launch on a GPU (default MESHRING_CHECK=1, else
+    off; calls on the host are always compared). nccl: settings of NCCL.
+    Units: timeout in seconds, for this call and the default for all others (300, or
+    MESHRING_TIMEOUT); float("inf") waits for ever.
+    Errors: UsageError for bad arguments, a launcher that cannot be used or a backend that a rank
+    does not have; DeadlineError and PeerLostError when ranks do not come; BackendError when NCCL
+    fails. Source: MPI_Init, ncclCommInitRankConfig.
     """
     global _world, _job
     require(backend)
     seconds = _timeout(timeout)
+    config = _nccl_settings(nccl)
     with _lock:
         if _world is not None and not _world.closed:
             return _world
@@ -150,8 +202,32 @@ def init(backend: str = "auto", *, timeout: float | None = None) -> Communicator
         if here.launcher == "meshring run":
             _remember_last_words(segment, here.rank)
             _job = (segment, here.rank)
-        _world = Communicator(world, timeout=seconds)
+        comm = Communicator(world, timeout=seconds)
+        try:
+            device.choose(
+                comm,
+                backend,
+                here.local_rank,
+                check=os.environ.get("MESHRING_CHECK") == "1" if check is None else check,
+                config=config,
+                timeout=seconds,
+            )
+        except UsageError as error:
+            comm.close()
+            raise UsageError(f"init (rank {here.rank}/{here.size}): {error}") from None
+        except BaseException:
+            comm.close()
+            raise
+        _world = comm
         return _world
+
+
+def _nccl_settings(given: Any) -> nccl.Config:
+    if given is None:
+        return nccl.Config()
+    if not isinstance(given, nccl.Config):
+        raise UsageError(f"init: argument 'nccl' is {given!r}; give a meshring.nccl.Config")
+    return given
 
 
 def _timeout(timeout: float | None) -> float:

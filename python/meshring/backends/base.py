@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from meshring.errors import UsageError
 
@@ -29,7 +30,17 @@ def available() -> tuple[BackendInfo, ...]:
             if linux
             else f"needs Linux (memfd, futex, pidfd); this is {sys.platform}",
         ),
+        _nccl(),
     )
+
+
+def _nccl() -> BackendInfo:
+    """Look for what the NCCL backend needs, without opening it."""
+    if find_spec("cupy") is None:
+        return BackendInfo(
+            "nccl", False, "CuPy is not installed; pip install 'meshring[cu12]' (or [cu13])"
+        )
+    return BackendInfo("nccl", True, "arrays on GPUs, with CuPy and NVIDIA's NCCL")
 
 
 def require(name: str) -> str:
@@ -44,6 +55,6 @@ def require(name: str) -> str:
             f"init: argument 'backend' is {name!r}; this version of meshring has "
             f"{', '.join(repr(b) for b in table)} and 'auto'"
         )
-    if not table[chosen].usable:
+    if not table[chosen].usable and chosen != "nccl":  # of which all ranks are told together
         raise UsageError(f"init: backend {chosen!r} cannot be used: {table[chosen].reason}")
     return chosen
