@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,20 +32,18 @@ def compiler() -> str | None:
 SKIP = "the stand-in NCCL is built by the tests: install g++ (apt-get install g++)"
 
 
-def _compile(folder: Path, version: int) -> None:
-    cxx = compiler()
-    if cxx is None:
-        raise RuntimeError(SKIP)
-    common = [cxx, *FLAGS, *WARNINGS, f"-I{ROOT / 'csrc'}", f"-DSTANDIN_VERSION={version}"]
-    objects = []
-    for source in sorted(SOURCE.glob("*.cpp")):
-        objects.append(str(folder / f"{source.stem}.o"))
-        subprocess.run([*common, "-c", str(source), "-o", objects[-1]], check=True, timeout=120)
-    library = str(folder / "libnccl.so.2")
-    link = ["-shared", "-Wl,-soname,libnccl.so.2", "-Wl,-z,defs", "-o", library]
-    subprocess.run([cxx, "-pthread", *objects, *link], check=True, timeout=120)
-    for name in objects:
-        Path(name).unlink()
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _make(target: Path, *command: str) -> Path:
+    """Run a compiler that writes `target`, unless it is there; another session may be faster."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = target.with_name(f"{os.getpid()}-{target.name}")
+        subprocess.run([*command, "-o", str(made)], check=True, timeout=120)
+        made.rename(target)
+    return target
 
 
 def library(version: int = DEFAULT_VERSION) -> Path:
@@ -54,27 +51,26 @@ def library(version: int = DEFAULT_VERSION) -> Path:
 
     One file is both libraries: symbols that NCCL had not yet in that version are absent.
     """
-    sources = [*SOURCE.glob("*.?pp"), *(ROOT / "csrc").rglob("*.hpp")]
-    digest = hashlib.sha256(repr((FLAGS, version, compiler())).encode())
-    for path in sorted(sources):
-        digest.update(path.read_bytes())
-    cache = ROOT / ".pytest_cache"
-    folder = cache / f"standin-{version}-{digest.hexdigest()[:16]}"
-    if not folder.exists():
-        cache.mkdir(exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix="standin-", dir=cache))
-        try:
-            _compile(made, version)
-            os.rename(made, folder)
-        except OSError:
-            if not folder.exists():  # another session may have been first
-                raise
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    return folder / "libnccl.so.2"
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError(SKIP)
+    cache = ROOT / ".pytest_cache" / "standin"
+    headers = [
+        p.read_text() for p in sorted([*SOURCE.glob("*.hpp"), *(ROOT / "csrc").rglob("*.hpp")])
+    ]
+    objects = []
+    for source in sorted(SOURCE.glob("*.cpp")):
+        text = source.read_text()
+        versioned = [f"-DSTANDIN_VERSION={version}"] if "STANDIN_VERSION" in text else []
+        command = [cxx, *FLAGS, *WARNINGS, *versioned, f"-I{ROOT / 'csrc'}", "-c", str(source)]
+        key = _digest(command, text, headers)
+        objects.append(str(_make(cache / f"{source.stem}-{key}.o", *command)))
+    link = [cxx, "-pthread", "-shared", "-Wl,-soname,libnccl.so.2", "-Wl,-z,defs"]
+    folder = cache / f"{version}-{_digest(link, objects)}"
+    return _make(folder / "libnccl.so.2", *link, *objects)
 
 
-def environment(folder: Path, version: int = DEFAULT_VERSION, **options: object) -> dict[str, str]:
+def environment(folder: Path, version: int = DEFAULT_VERSION, **options: Any) -> dict[str, str]:
     """What ranks on the stand-in need; `folder` is the test's own, for the ranks' shared files.
 
     Options are written without their prefix: gpus=2, faults="...", in_progress=1, polls=3, null=1.
@@ -87,7 +83,6 @@ def environment(folder: Path, version: int = DEFAULT_VERSION, **options: object)
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "STANDIN_DIR": str(folder),
         "STANDIN_STRICT": "1",
-        "STANDIN_VERSION": str(version),
     } | given
 
 
@@ -125,6 +120,10 @@ class Standin:
     def release(self) -> None:
         """Let calls that hang go on."""
         self.dll.standin_release()
+
+    def hanging(self) -> int:
+        """How many calls hang now."""
+        return int(self.dll.standin_hanging())
 
     def calls(self, function: str = "") -> list[dict[str, Any]]:
         """The recorded calls of this process, or those of one function."""

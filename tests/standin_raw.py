@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from standin import Standin
+from procs import Result, run_ranks, script
+from standin import Standin, environment
 
 P, Z, N = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 DTYPES = "int8 uint8 int32 uint32 int64 uint64 float16 float32 float64 bfloat16 float8_e4m3fn float8_e5m2".split()
@@ -177,8 +177,29 @@ def threads(function: Callable[[Nccl, int], None], size: int, **init: Any) -> No
     assert not any(thread.is_alive() for thread in running), "a rank hangs"
 
 
-def process(function: Callable[[Nccl, int], None]) -> None:
-    """Run `function` as the rank that the command line names: RANK SIZE."""
+def process(function: Callable[[Nccl, int], None], **init: Any) -> None:
+    """Run `function` as the rank that the launcher made this process."""
     nccl = Nccl()
-    assert nccl.init(int(sys.argv[1]), int(sys.argv[2])) == 0
-    function(nccl, nccl.rank)
+    rank, size = int(os.environ["MESHRING_RANK"]), int(os.environ["MESHRING_SIZE"])
+    assert nccl.init(rank, size, **init) == 0
+    function(nccl, rank)
+
+
+HEAD = """\
+import ctypes, os, signal, threading
+import numpy as np
+from standin_raw import *
+standin = Standin()
+"""
+
+
+def job(folder: Path, body: str, n: int = 1, **options: Any) -> Result:
+    """Run `body` on n processes; each says "done" once, and nobody broke a rule."""
+    env = environment(folder, **options)
+    text = script(body, HEAD) + "\nassert standin.violations() == [], standin.violations()\n"
+    result = run_ranks(text + 'print("done", flush=True)\n', n, env=env, timeout=40)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done") == n
+    assert result.left == []
+    assert [p.name for p in folder.iterdir() if p.name != "id"] == []
+    return result

@@ -30,7 +30,8 @@ constexpr bool alike_value() {
   }
 }
 
-// Behind a pointer: our `void` is any struct, as handles are; a struct of ours may be a prefix of theirs.
+// Behind a pointer: our `void` is any struct, as handles are; a struct of ours may be a prefix of
+// theirs.
 template <class Ours, class Theirs>
 struct AlikePointee {
   static constexpr bool same_const = std::is_const_v<Ours> == std::is_const_v<Theirs>;

@@ -30,6 +30,7 @@ struct Control {
   std::vector<std::string> violations;
   std::vector<Rule> rules;
   unsigned released = 0;
+  int hanging = 0;
   std::string answer;
 };
 
@@ -181,12 +182,17 @@ Fault next_fault(const char* function, int rank) {
 
 void hang(const std::function<bool()>& stop) {
   Control& c = control();
-  const auto released = [&c] {
-    const std::lock_guard<std::mutex> lock(c.mutex);
-    return c.released;
-  };
-  const unsigned before = released();
-  for (int turn = 0; !stop() && released() == before; ++turn) pause(turn);
+  std::unique_lock<std::mutex> lock(c.mutex);
+  ++c.hanging;
+  const unsigned before = c.released;
+  for (int turn = 0; c.released == before; ++turn) {
+    lock.unlock();
+    const bool stopped = stop();
+    if (!stopped) pause(turn);
+    lock.lock();
+    if (stopped) break;
+  }
+  --c.hanging;
 }
 
 void pause(int turn) {
@@ -230,6 +236,13 @@ STANDIN_EXPORT void standin_release() {
   auto& c = standin::control();
   const std::lock_guard<std::mutex> lock(c.mutex);
   ++c.released;
+}
+
+// How many calls hang now.
+STANDIN_EXPORT int standin_hanging() {
+  auto& c = standin::control();
+  const std::lock_guard<std::mutex> lock(c.mutex);
+  return c.hanging;
 }
 
 // Forgets faults, records and violations.

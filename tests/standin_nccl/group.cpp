@@ -189,6 +189,14 @@ Result finish(Group held, const Fault& fault) {
   return result;
 }
 
+void note(const Comm& comm, const Operation& o) {
+  Record record(symbol_of(o.function));
+  record.add("rank", comm.rank()).add("count", static_cast<int64_t>(o.count));
+  record.add("dtype", name_of(o.dtype)).add("peer", o.peer).add("stream", o.stream);
+  record.add("send", o.send).add("recv", o.recv).add("depth", group.depth);
+  if (reduces(o.function)) record.add("op", o.scaled ? "premulsum" : name_of(o.op));
+}
+
 }  // namespace
 
 const char* name_of(Function function) {
@@ -226,18 +234,14 @@ Result enter(Handle handle, Operation o, Op op) {
   const CommPointer comm = find_comm(handle);
   if (comm == nullptr)
     return fail(Result::invalid_argument, text("%s: no such communicator", name));
-  Record record(name);
-  record.add("rank", comm->rank()).add("count", static_cast<int64_t>(o.count));
-  record.add("dtype", name_of(o.dtype)).add("peer", o.peer).add("stream", o.stream);
-  record.add("send", o.send).add("recv", o.recv).add("depth", group.depth);
   if (reduces(o.function)) {
     const int code = static_cast<int>(op);
     o.op = code >= 0 && code <= 4 ? static_cast<Operator>(code) : Operator::sum;
     if ((code < 0 || code > 4) && !find_operator(code, comm.get(), &o)) {
       return fail(Result::invalid_argument, text("%s: op %d", name, code));
     }
-    record.add("op", o.scaled ? "premulsum" : name_of(o.op));
   }
+  note(*comm, o);
   Fault fault;
   Result result = Result::success;
   if (!comm_fault(name, comm, &fault, &result)) {

@@ -21,6 +21,7 @@ constexpr char kPrefix[] = "standin-";
 struct World {
   std::mutex mutex;
   std::map<Comm*, CommPointer> comms;
+  std::mutex error_mutex;
   std::string last_error;
 };
 
@@ -181,8 +182,7 @@ CommPointer find_comm(Handle handle) {
 }
 
 Result fail(Result result, const std::string& what) {
-  static std::mutex& mutex = *new std::mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(all().error_mutex);
   all().last_error = "stand-in: " + what;
   return result;
 }
@@ -226,6 +226,7 @@ bool comm_fault(const char* function, const CommPointer& comm, Fault* fault, Res
       *result = Result::internal_error;
       return comm->aborted.load();
     case FaultKind::async:
+      if (comm->async.load() != Result::success) return false;
       comm->async.store(static_cast<Result>(fault->value));
       fail(comm->async.load(), std::string(function) + ": asynchronous fault");
       *result = Result::success;
@@ -487,6 +488,7 @@ STANDIN_EXPORT const char* ncclGetErrorString(Result result) {
 
 STANDIN_EXPORT const char* ncclGetLastError(Handle) {
   thread_local std::string answer;
+  const std::lock_guard<std::mutex> lock(all().error_mutex);
   answer = all().last_error;
   return answer.c_str();
 }

@@ -1,5 +1,18 @@
 // What the files of the stand-in share: records, faults, streams and memory.
-// STANDIN_VERSION is the version of NCCL that is stood in for; newer symbols are not exported.
+// When compiling, STANDIN_VERSION is the version of NCCL that is stood in for; newer symbols are
+// not exported. When running, the environment says:
+//   STANDIN_DIR             a folder for the files that ranks share until all have joined
+//   STANDIN_STRICT=1        buffers must lie in device memory that lives until they are used
+//   STANDIN_FAULTS          as for standin_fault()
+//   STANDIN_POLLS           how often a nonblocking call is polled before it settles; 1
+//   STANDIN_IN_PROGRESS=1   all nonblocking collectives are at first, not only the first
+//   STANDIN_GPUS            how many GPUs there are; 1
+//   STANDIN_DRIVER_VERSION  what cuDriverGetVersion says; 12040
+//   STANDIN_NCCL_VERSION    what ncclGetVersion says instead of the version compiled in
+//   STANDIN_NULL=1          collectives return at once and do nothing
+// What is weaker than NCCL: registering is local to a rank, finalize waits for the own operations
+// only, and a launch does not wait for memory of peers. What is stricter: a send waits until it is
+// received, and every collective until all ranks take part.
 #pragma once
 
 #include <cstddef>
