@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import locale
 import re
 import shutil
 import subprocess
@@ -56,7 +57,9 @@ def compiled(source: Path, folder: Path) -> str:
 def test_nvrtc_compiles_every_kernel(tool: ModuleType, tmp_path: Path) -> None:
     if not list(tool.nvrtc_paths(sys.path)):
         pytest.skip("no NVRTC: pip install 'nvidia-cuda-nvrtc-cu12==12.0.*'")
+    encoding = locale.getpreferredencoding(False)
     ptx, compiler = tool.compile_ptx(ROOT / "csrc/device/pack.cu")
+    assert locale.getpreferredencoding(False) == encoding  # NVRTC would change it
     assert compiler.startswith("NVRTC 1"), compiler
     entries = set(re.findall(r"\.entry (\w+)", ptx))
     kinds = [f"{blocks}_{index}" for blocks in ("Equal", "Uneven") for index in ("u32", "u64")]

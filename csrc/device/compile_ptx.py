@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import locale
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -41,16 +40,6 @@ def nvrtc_paths(folders: list[str]) -> Iterator[str]:
 def cuda_home() -> str | None:
     """Return the toolkit's folder as its users name it."""
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-
-
-@contextmanager
-def kept_locale() -> Iterator[None]:
-    """Keep the process's locale, which NVRTC sets to its own."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
 
 
 class Nvrtc:
@@ -106,6 +95,12 @@ class Nvrtc:
             self.lib.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def compile_with_nvrtc(path: str, source: Path) -> tuple[str, str]:
+    """Return the PTX and the compiler's name."""
+    nvrtc = Nvrtc(path)
+    return nvrtc.compile(source), nvrtc.name
+
+
 def compile_with_nvcc(nvcc: str, source: Path) -> str:
     """Return the PTX for the oldest architecture, from Volta on, that this nvcc knows."""
     with tempfile.TemporaryDirectory() as folder:
@@ -123,9 +118,9 @@ def compile_ptx(source: Path, folders: list[str] | None = None) -> tuple[str, st
     reasons = []
     for path in nvrtc_paths(sys.path if folders is None else folders):
         try:
-            with kept_locale():
-                nvrtc = Nvrtc(path)
-                return nvrtc.compile(source), nvrtc.name
+            # On its own thread: NVRTC leaves another locale behind on the one that calls it.
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(compile_with_nvrtc, path, source).result()
         except (OSError, AttributeError, ValueError, Failed) as error:
             reasons.append(f"{Path(path).name}: {error}")
     places = os.environ.get("PATH", "") + os.pathsep + f"{cuda_home() or '.'}/bin"
