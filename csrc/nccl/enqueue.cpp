@@ -234,7 +234,7 @@ void Enqueue::all_gather(const Call& call) {
           "ncclAllGather");
   else
     gather_uneven(call, packed.data());
-  b_.kernels().unpack(layout, packed.data(), call.out, call.stream);
+  b_.kernels_->unpack(layout, packed.data(), call.out, call.stream);
 }
 
 // Blocks of any length to every rank, one behind the other at `packed`.
@@ -312,7 +312,7 @@ void Enqueue::gather(const Call& call) {
     }
     group.end();
   }
-  if (root && !direct) b_.kernels().unpack(layout, packed, call.out, call.stream);
+  if (root && !direct) b_.kernels_->unpack(layout, packed, call.out, call.stream);
 }
 
 // ---- cutting --------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ void Enqueue::reduce_scatter(const Call& call) {
   if (call.outer > 1) {
     const device::Layout layout = device::input_layout(call, b_.rank_, b_.size_);
     held = scratch(call, layout.packed_bytes());
-    b_.kernels().pack(layout, call.in, held.data(), call.stream);
+    b_.kernels_->pack(layout, call.in, held.data(), call.stream);
     packed = held.data();
   }
   if (!call.sizes.empty()) {
@@ -385,7 +385,7 @@ void Enqueue::scatter(const Call& call) {
   if (root && call.outer > 1) {
     const device::Layout layout = device::input_layout(call, b_.rank_, b_.size_);
     held = scratch(call, layout.packed_bytes());
-    b_.kernels().pack(layout, call.in, held.data(), call.stream);
+    b_.kernels_->pack(layout, call.in, held.data(), call.stream);
     packed = held.data();
   }
   const int64_t mine = blocks.bytes(call.root, b_.rank_);
@@ -423,7 +423,7 @@ void Enqueue::all_to_all(const Call& call) {
     out = device::output_layout(call, me, n);
     sent = scratch(call, in.packed_bytes());
     got = scratch(call, out.packed_bytes());
-    b_.kernels().pack(in, call.in, sent.data(), call.stream);
+    b_.kernels_->pack(in, call.in, sent.data(), call.stream);
     from = sent.data();
     to = got.data();
   }
@@ -454,7 +454,7 @@ void Enqueue::all_to_all(const Call& call) {
     }
     group.end();
   }
-  if (!direct) b_.kernels().unpack(out, to, call.out, call.stream);
+  if (!direct) b_.kernels_->unpack(out, to, call.out, call.stream);
 }
 
 }  // namespace meshring::nccl

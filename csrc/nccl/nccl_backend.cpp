@@ -169,6 +169,7 @@ void NcclBackend::made(const char* function, WaitContext& wait) {
   try {
     if (!handle_) throw Error(Trouble::backend, std::string(function) + " made no communicator");
     settle(handle_, function, wait);
+    kernels_ = &device::Kernels::of(device_);  // not later: loading would break a capture
   } catch (const Error&) {
     if (handle_) nccl_.abort(handle_);
     handle_ = nullptr;
@@ -262,11 +263,6 @@ void NcclBackend::enqueue(const Call* calls, size_t count, uint64_t record, Wait
   check_alive();
   Enqueue(*this, wait).go(calls, count);
   for (size_t i = 0; i < count; ++i) note(calls[i].stream, record + i, wait.deadline.limit());
-}
-
-const device::Kernels& NcclBackend::kernels() {
-  if (!kernels_) kernels_ = &device::Kernels::of(device_);
-  return *kernels_;
 }
 
 void NcclBackend::note(Stream stream, uint64_t record, double limit) {

@@ -114,7 +114,6 @@ class NcclBackend final : public DeviceBackend, public Watched {
   std::optional<Error> diagnose(int64_t now);
   void abort(const Error& error);  // under the turn
   bool busy() const;
-  const device::Kernels& kernels();
 
   Backend& host_;
   const Nccl& nccl_;
@@ -125,7 +124,7 @@ class NcclBackend final : public DeviceBackend, public Watched {
   std::shared_ptr<Health> health_;
   std::mutex& turn_;
   Handle handle_ = nullptr;
-  const device::Kernels* kernels_ = nullptr;  // once the device was current
+  const device::Kernels* kernels_ = nullptr;  // of an open communicator
   std::vector<Lane> lanes_;
   int64_t peer_left_since_ = 0;
   std::atomic<bool> give_up_{false};
