@@ -157,6 +157,7 @@ void add_device(py::class_<PyCommunicator>& type) {
                c.c->open_device(call, seconds, hooks);
              });
            })
+      .def("_forget_calls", [](PyCommunicator& c) { c.live().forget_calls(); })
       .def("_synchronize",
            [](PyCommunicator& c, const py::object& timeout) {
              timed(c, "synchronize", timeout,

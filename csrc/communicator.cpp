@@ -141,6 +141,12 @@ uint64_t Communicator::begin(const Call& call, uint64_t seq) {
   return record;
 }
 
+void Communicator::forget_calls() {
+  rings_[rank_].written.store(0, std::memory_order_release);
+  for (Record& r : rings_[rank_].records) r.state = CallState::empty;
+  seq_ = written_ = 0;
+}
+
 void Communicator::end(uint64_t record, CallState state) {
   Record& r = rings_[rank_].at(record);
   r.ended_ns = coarse_now_ns();

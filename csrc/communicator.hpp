@@ -81,6 +81,8 @@ class Communicator {
 
   // ---- arrays on a GPU: communicator_device.cpp ----
   void choose_device(DeviceChoice choice);
+  // The calls up to now were init()'s own: the program's first one is number 1. Collective.
+  void forget_calls();
   const DeviceChoice& choice() const { return choice_; }
   void check_device(int device) const;  // Error(usage) when arrays of that GPU cannot be sent
   bool device_open() const { return device_ != nullptr; }

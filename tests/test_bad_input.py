@@ -85,7 +85,7 @@ NOT_ARRAYS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "structured": (lambda: np.zeros(2, [("a", "f4")]), ["('a', '<f4')", ".astype()"]),
     "longdouble": (lambda: np.zeros(2, np.longdouble), ["float128", ".astype()"]),
     "masked": (masked, ["masked array", ".filled("]),
-    "device": (OnDevice, ["device array", "OnDevice", ".get()"]),
+    "device": (OnDevice, ["is on a GPU", "OnDevice", "CuPy is not imported"]),
 }
 TAKE_ARRAYS: dict[str, Callable[[mr.Communicator, Any], Any]] = {
     "all_reduce": lambda c, x: c.all_reduce(x),

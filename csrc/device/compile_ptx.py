@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import locale
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +41,16 @@ def nvrtc_paths(folders: list[str]) -> Iterator[str]:
 def cuda_home() -> str | None:
     """Return the toolkit's folder as its users name it."""
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+
+
+@contextmanager
+def kept_locale() -> Iterator[None]:
+    """Keep the process's locale, which NVRTC sets to its own."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 class Nvrtc:
@@ -111,8 +123,9 @@ def compile_ptx(source: Path, folders: list[str] | None = None) -> tuple[str, st
     reasons = []
     for path in nvrtc_paths(sys.path if folders is None else folders):
         try:
-            nvrtc = Nvrtc(path)
-            return nvrtc.compile(source), nvrtc.name
+            with kept_locale():
+                nvrtc = Nvrtc(path)
+                return nvrtc.compile(source), nvrtc.name
         except (OSError, AttributeError, ValueError, Failed) as error:
             reasons.append(f"{Path(path).name}: {error}")
     places = os.environ.get("PATH", "") + os.pathsep + f"{cuda_home() or '.'}/bin"

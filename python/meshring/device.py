@@ -72,6 +72,7 @@ def choose(
     comm._choose_device(device, why_off, backend == "nccl", check, config.given())
     if backend == "nccl":
         comm._open_device(timeout)
+    comm._forget_calls()
 
 
 def _why_off(rows: list[dict[str, Any]], me: int) -> str:
