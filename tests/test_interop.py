@@ -44,7 +44,9 @@ def test_cupy_arrays_between_threads_are_refused() -> None:
     x = cupy.ndarray((4,), "f4", memptr=cupy.cuda.MemoryPointer(memory, 0))
 
     def program(comm: mr.Communicator) -> None:
-        with pytest.raises(mr.UsageError, match=r"on a GPU, and NCCL is off: ranks made by run_local\(\)"):
+        with pytest.raises(
+            mr.UsageError, match=r"on a GPU, and NCCL is off: ranks made by run_local\(\)"
+        ):
             comm.all_reduce(x)
         assert comm.all_reduce(np.ones(2)).tolist() == [2.0, 2.0]
 
