@@ -55,9 +55,9 @@ def library(version: int = DEFAULT_VERSION) -> Path:
     if cxx is None:
         raise RuntimeError(SKIP)
     cache = ROOT / ".pytest_cache" / "standin"
-    headers = [
-        p.read_text() for p in sorted([*SOURCE.glob("*.hpp"), *(ROOT / "csrc").rglob("*.hpp")])
-    ]
+    used = ("nccl/api.hpp", "device/driver_api.hpp", "device/layout.hpp", "device/emulate.hpp")
+    paths = [*sorted(SOURCE.glob("*.hpp")), *(ROOT / "csrc" / name for name in used)]
+    headers = [path.read_text() for path in paths]
     objects = []
     for source in sorted(SOURCE.glob("*.cpp")):
         text = source.read_text()
@@ -103,7 +103,7 @@ class Standin:
             getattr(self.dll, f"standin_stream_{name}").argtypes = (pointer,)
         self.dll.standin_replay.argtypes = (pointer,)
         self._lock = threading.Lock()
-        self._stream = threading.local()
+        self._place = threading.local()
 
     def faults(self, rules: str) -> None:
         """Add faults: "FUNCTION[/RANK]=WHAT[@AFTER][xTIMES]" separated by semicolons.
@@ -171,22 +171,23 @@ class Standin:
         self._check(self.dll.standin_free(pointer, stream))
 
     @contextmanager
-    def memory_of(self, stream: int) -> Iterator[None]:
-        """Within it, CuPy arrays of this thread belong to that stream, as with CuPy's pool."""
+    def memory_of(self, stream: int, device: int = 0) -> Iterator[None]:
+        """Within it, CuPy arrays of this thread are on that device, freed in that stream's order."""
         before = self._current()
-        self._stream.value = stream
+        self._place.value = (stream, device)
         try:
             yield
         finally:
-            self._stream.value = before
+            self._place.value = before
 
     def install(self) -> None:
         """Give CuPy an allocator over the stand-in's memory; CuPy itself needs no driver then."""
         import cupy
 
         def allocate(nbytes: int) -> Any:
-            owner = _Owner(self, nbytes, self._current())
-            memory = cupy.cuda.UnownedMemory(owner.pointer, max(nbytes, 1), owner, device_id=0)
+            stream, device = self._current()
+            owner = _Owner(self, nbytes, stream, device)
+            memory = cupy.cuda.UnownedMemory(owner.pointer, max(nbytes, 1), owner, device)
             return cupy.cuda.MemoryPointer(memory, 0)
 
         cupy.cuda.set_allocator(allocate)
@@ -219,8 +220,9 @@ class Standin:
         made[...] = view
         return made
 
-    def _current(self) -> int:
-        return int(getattr(self._stream, "value", 0))
+    def _current(self) -> tuple[int, int]:
+        found: tuple[int, int] = getattr(self._place, "value", (0, 0))
+        return found
 
     @staticmethod
     def _check(code: int) -> None:
@@ -231,10 +233,10 @@ class Standin:
 class _Owner:
     """One block of device memory, freed in the order of its stream."""
 
-    def __init__(self, standin: Standin, nbytes: int, stream: int) -> None:
+    def __init__(self, standin: Standin, nbytes: int, stream: int, device: int) -> None:
         self.standin = standin
         self.stream = stream
-        self.pointer = standin.allocate(nbytes, stream)
+        self.pointer = standin.allocate(nbytes, stream, device)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():

@@ -348,14 +348,18 @@ def test_cupy_arrays_over_the_stand_in(tmp_path: Path) -> None:
     except ValueError as error:
         assert "float8" in str(error)
     stream = standin.stream()
-    with standin.memory_of(stream):
+    with standin.memory_of(stream, 1):
         y = standin.to_device(np.ones(4))
+    assert y.data.device_id == 1
+    where = N()
+    code = standin.dll.cuPointerGetAttribute(ctypes.byref(where), 9, P(y.data.ptr))
+    assert (code, where.value) == (0, 1)
     address = y.data.ptr
     del y
     standin.synchronize(stream)
     assert ctypes.string_at(address, 8) == b"\\xdd" * 8
     """
-    job(tmp_path, body)
+    job(tmp_path, body, gpus=2)
 
 
 @pytest.mark.parametrize("version", [21801, 22705, 23203])

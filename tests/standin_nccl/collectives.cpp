@@ -43,8 +43,9 @@ using meshring::nccl::Window;
 
 namespace {
 
-Operation make(Function function, const void* send, void* recv, size_t count, DataType dtype,
-               int peer, Stream stream) {
+Result start(Handle comm, Function function, const void* send, void* recv, size_t count,
+             DataType dtype, int peer, Stream stream, Op op) {
+  if (null_mode()) return Result::success;
   Operation o;
   o.function = function;
   o.send = send;
@@ -53,60 +54,60 @@ Operation make(Function function, const void* send, void* recv, size_t count, Da
   o.dtype = dtype;
   o.peer = peer;
   o.stream = stream;
-  return o;
+  return enter(comm, o, op);
 }
 
 }  // namespace
 
 STANDIN_EXPORT Result ncclAllReduce(const void* send, void* recv, size_t count, DataType dtype,
                                     Op op, Handle comm, Stream stream) {
-  return enter(comm, make(Function::all_reduce, send, recv, count, dtype, 0, stream), op);
+  return start(comm, Function::all_reduce, send, recv, count, dtype, 0, stream, op);
 }
 
 STANDIN_EXPORT Result ncclReduce(const void* send, void* recv, size_t count, DataType dtype, Op op,
                                  int root, Handle comm, Stream stream) {
-  return enter(comm, make(Function::reduce, send, recv, count, dtype, root, stream), op);
+  return start(comm, Function::reduce, send, recv, count, dtype, root, stream, op);
 }
 
 STANDIN_EXPORT Result ncclReduceScatter(const void* send, void* recv, size_t count, DataType dtype,
                                         Op op, Handle comm, Stream stream) {
-  return enter(comm, make(Function::reduce_scatter, send, recv, count, dtype, 0, stream), op);
+  return start(comm, Function::reduce_scatter, send, recv, count, dtype, 0, stream, op);
 }
 
 STANDIN_EXPORT Result ncclBroadcast(const void* send, void* recv, size_t count, DataType dtype,
                                     int root, Handle comm, Stream stream) {
-  return enter(comm, make(Function::broadcast, send, recv, count, dtype, root, stream), Op::sum);
+  return start(comm, Function::broadcast, send, recv, count, dtype, root, stream, Op::sum);
 }
 
 STANDIN_EXPORT Result ncclAllGather(const void* send, void* recv, size_t count, DataType dtype,
                                     Handle comm, Stream stream) {
-  return enter(comm, make(Function::all_gather, send, recv, count, dtype, 0, stream), Op::sum);
+  return start(comm, Function::all_gather, send, recv, count, dtype, 0, stream, Op::sum);
 }
 
 STANDIN_EXPORT Result ncclSend(const void* send, size_t count, DataType dtype, int peer,
                                Handle comm, Stream stream) {
-  return enter(comm, make(Function::send, send, nullptr, count, dtype, peer, stream), Op::sum);
+  return start(comm, Function::send, send, nullptr, count, dtype, peer, stream, Op::sum);
 }
 
 STANDIN_EXPORT Result ncclRecv(void* recv, size_t count, DataType dtype, int peer, Handle comm,
                                Stream stream) {
-  return enter(comm, make(Function::recv, nullptr, recv, count, dtype, peer, stream), Op::sum);
+  return start(comm, Function::recv, nullptr, recv, count, dtype, peer, stream, Op::sum);
 }
 
 #if STANDIN_VERSION >= 22803
 STANDIN_EXPORT Result ncclAlltoAll(const void* send, void* recv, size_t count, DataType dtype,
                                    Handle comm, Stream stream) {
-  return enter(comm, make(Function::all_to_all, send, recv, count, dtype, 0, stream), Op::sum);
+  return start(comm, Function::all_to_all, send, recv, count, dtype, 0, stream, Op::sum);
 }
 
 STANDIN_EXPORT Result ncclGather(const void* send, void* recv, size_t count, DataType dtype,
                                  int root, Handle comm, Stream stream) {
-  return enter(comm, make(Function::gather, send, recv, count, dtype, root, stream), Op::sum);
+  return start(comm, Function::gather, send, recv, count, dtype, root, stream, Op::sum);
 }
 
 STANDIN_EXPORT Result ncclScatter(const void* send, void* recv, size_t count, DataType dtype,
                                   int root, Handle comm, Stream stream) {
-  return enter(comm, make(Function::scatter, send, recv, count, dtype, root, stream), Op::sum);
+  return start(comm, Function::scatter, send, recv, count, dtype, root, stream, Op::sum);
 }
 #endif
 
