@@ -148,14 +148,14 @@ Array read_input(PyObject* object, const char* argument) {
 Array read_output(PyObject* object, const char* argument) {
   int flags = 0;
   Array a = read_any(object, argument, &flags);
+  constexpr int kNeeded = kWriteable | kContiguous;
+  if ((flags & kNeeded) == kNeeded) return a;
   const std::string name = std::string("argument '") + argument + "'";
   if (!(flags & kWriteable))
     usage(name + " is read-only and would be written; give a copy, x.copy()");
-  if (!(flags & kContiguous))
-    usage(name + " is not C-contiguous (shape " + shape_text(a.ndim, a.shape()) +
-          ") and would be written; give a contiguous array, numpy.ascontiguousarray(x), or, where "
-          "the operation has one, a contiguous out=");
-  return a;
+  usage(name + " is not C-contiguous (shape " + shape_text(a.ndim, a.shape()) +
+        ") and would be written; give a contiguous array, numpy.ascontiguousarray(x), or, where "
+        "the operation has one, a contiguous out=");
 }
 
 PyObject* descriptor_of(DType dtype) {
@@ -406,6 +406,12 @@ void check_out(const Array& out, const Call& call, const std::vector<Py_ssize_t>
   usage("argument 'out' is " + std::string(name_of(out.dtype)) + " " +
         shape_text(out.ndim, out.shape()) + "; " + name_of(dtype) + " " +
         shape_text(ndim, shape.data()) + " is needed");
+}
+
+void check_out(const Array& out, const Call& call, const Array& like) {
+  const bool same = out.ndim == like.ndim && out.dtype == call.dtype && out.device == call.device &&
+                    std::equal(like.shape(), like.shape() + like.ndim, out.shape());
+  if (!same) check_out(out, call, std::vector(like.shape(), like.shape() + like.ndim));
 }
 
 void check_overlap(const Array& in, const char* out, int64_t out_bytes, const char* in_place) {

@@ -96,6 +96,7 @@ Along along(Call& call, DType dtype, const Py_ssize_t* shape, int ndim, int64_t 
 // Equal lengths are one number, so that sizes=[2, 2] and sizes=None are the same call.
 void set_sizes(Call& call, std::vector<int64_t> sizes);
 void check_out(const Array& out, const Call& call, const std::vector<Py_ssize_t>& shape);
+void check_out(const Array& out, const Call& call, const Array& like);  // of the shape of x
 // out may be x's own place in it (`in_place`), and otherwise must not overlap x.
 void check_overlap(const Array& in, const char* out, int64_t out_bytes, const char* in_place);
 // `out` when given, else a new array. Sets call.out.

@@ -54,7 +54,7 @@ PyObject* all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t nargs, Py
       const Array out = read_output(v[2], "out");
       check_op(in.dtype, call.op);
       whole(call, in);
-      check_out(out, call, {in.shape(), in.shape() + in.ndim});
+      check_out(out, call, in);
       check_overlap(in, out.data, out.bytes(), out.data);
       call.in = in.data;
       call.out = out.data;
@@ -86,7 +86,7 @@ PyObject* broadcast(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyO
     call.in = call.out = x.data;
     if (!given(v[2])) return run(self, comm, call, &x, nullptr, x.original, {v[3], v[4], v[5]});
     const Array out = read_output(v[2], "out");
-    check_out(out, call, {x.shape(), x.shape() + x.ndim});
+    check_out(out, call, x);
     check_overlap(x, out.data, out.bytes(), out.data);
     call.out = out.data;
     return run(self, comm, call, &x, &out, out.original, {v[3], v[4], v[5]});

@@ -15,6 +15,7 @@ struct CuPy {
   PyGetSetDescrObject* dtype = nullptr;
   PyGetSetDescrObject* size = nullptr;
   PyGetSetDescrObject* contiguous = nullptr;
+  PyGetSetDescrObject* ndim = nullptr;
   PyGetSetDescrObject* shape = nullptr;
   PyGetSetDescrObject* ptr = nullptr;
   PyGetSetDescrObject* device_id = nullptr;
@@ -50,6 +51,7 @@ bool learn_cupy() {
   cupy.dtype = getter(cupy.array, "dtype");
   cupy.size = getter(cupy.array, "size");
   cupy.contiguous = getter(cupy.array, "_c_contiguous");
+  cupy.ndim = getter(cupy.array, "ndim");
   cupy.shape = getter(cupy.array, "shape");
   cupy.ptr = getter(cupy.pointer, "ptr");
   cupy.device_id = getter(cupy.pointer, "device_id");
@@ -100,11 +102,14 @@ bool read_cupy(PyObject* object, const char* argument, Array& a) {
   a.device =
       static_cast<int>(integer(get(plain ? cupy.device_id : nullptr, data.ptr(), "device_id")));
   a.numpy_shape = nullptr;
-  const py::object shape = get(cupy.shape, object, "shape");
-  a.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
-  a.count = 1;
-  for (int i = 0; i < a.ndim; ++i)
-    a.count *= a.cupy_shape[i] = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), i));
+  a.count = integer(get(cupy.size, object, "size"));
+  a.ndim = static_cast<int>(integer(get(cupy.ndim, object, "ndim")));
+  a.cupy_shape[0] = static_cast<Py_ssize_t>(a.count);
+  if (a.ndim > 1) {  // CuPy makes the tuple anew each time, which takes as long as all the rest
+    const py::object shape = get(cupy.shape, object, "shape");
+    for (int i = 0; i < a.ndim; ++i)
+      a.cupy_shape[i] = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), i));
+  }
   return get(cupy.contiguous, object, "_c_contiguous").ptr() == Py_True;
 }
 

@@ -84,7 +84,9 @@ std::string RecordCopy::shape() const {
 
 std::string RecordCopy::call() const {
   std::string s = name_of(kind);
-  if (kind == CallKind::barrier || kind == CallKind::split || kind == CallKind::none) return s;
+  if (kind == CallKind::barrier || kind == CallKind::split || kind == CallKind::none ||
+      kind == CallKind::init)
+    return s;
   if (prelude)
     return s + (has_root(kind) ? "(root=" + std::to_string(root) + ", lengths first)"
                                : "(lengths first)");

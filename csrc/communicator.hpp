@@ -122,6 +122,7 @@ class Communicator {
   void split_device(Communicator* part, int color, int key, double timeout, Hooks& hooks);
   void compare(const Call& call, WaitContext& wait);
   void device_failed(const Error& error, uint64_t record);
+  RecordCopy stuck_call(const std::vector<int>& suspects, uint64_t record) const;
   void device_finished(uint64_t record);
   [[noreturn]] void device_stuck();
   void close_device(Hooks& hooks);

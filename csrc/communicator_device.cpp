@@ -80,6 +80,7 @@ void Communicator::open_device(const Call& on_behalf_of, double timeout, Hooks& 
   } catch (const Error& error) {
     fail(error, on_behalf_of, seq_, wait.deadline);
   }
+  exchange({1}, on_behalf_of, timeout, hooks);  // nobody goes on where one rank failed
 }
 
 void Communicator::split_device(Communicator* part, int color, int key, double timeout,
@@ -116,8 +117,8 @@ void Communicator::enqueue(const Call* calls, size_t count, double timeout, Hook
   }
   for (size_t i = 0; i < count; ++i) {
     if (!has_op(calls[i].kind)) continue;
-    const std::string why = nccl::refusal(calls[i], nccl::Nccl::get().version());
-    if (!why.empty()) usage(why);
+    std::string why = nccl::refusal(calls[i], nccl::Nccl::get().version());
+    if (!why.empty()) usage(std::move(why));
   }
   const uint64_t seq = collective ? ++seq_ : 0;
   const uint64_t record = begin(first, seq);
@@ -200,8 +201,26 @@ void Communicator::device_finished(uint64_t record) {
   r.state = CallState::done;
 }
 
+// The watchdog knows which of this rank's calls may be the one, `record` or a later one. Calls are
+// in the same order everywhere, so it is the first that a rank (one of `suspects`) has not made.
+RecordCopy Communicator::stuck_call(const std::vector<int>& suspects, uint64_t record) const {
+  const RecordCopy first = record ? copy_of(rings_[rank_].at(record)) : RecordCopy{};
+  const std::optional<RecordCopy> last = latest_collective(rank_);
+  if (!last || !first.seq) return first;
+  uint64_t made = last->seq;
+  for (int p = 0; p < size(); ++p) {
+    const bool suspect =
+        suspects.empty() || std::find(suspects.begin(), suspects.end(), p) != suspects.end();
+    if (!suspect || p == rank_) continue;
+    const std::optional<RecordCopy> theirs = latest_collective(p);
+    made = std::min(made, theirs ? theirs->seq : 0);
+  }
+  if (made < first.seq) return first;
+  return record_of(rank_, made + 1).value_or(first);
+}
+
 void Communicator::device_failed(const Error& error, uint64_t record) {
-  const RecordCopy r = record ? copy_of(rings_[rank_].at(record)) : RecordCopy{};
+  const RecordCopy r = stuck_call(error.ranks, record);
   Call call;
   call.kind = r.kind;
   call.root = r.root;
@@ -210,7 +229,10 @@ void Communicator::device_failed(const Error& error, uint64_t record) {
   Error whole =
       completed_device(error, call, r.seq, static_cast<double>(coarse_now_ns() - r.when_ns) * 1e-9);
   whole.complete = true;
-  if (const std::string before = poisoned(); !before.empty()) whole.text = before;
+  if (const std::string before = poisoned(); !before.empty()) {
+    whole.text = before;  // a consequence of what somebody was told then
+    told_.store(true);
+  }
   device_health_->fail(whole);
   poison(whole, whole.text.substr(0, whole.text.find('\n')));
 }

@@ -75,7 +75,7 @@ Difference difference(const RecordCopy& a, const RecordCopy& b) {
 
 std::string Communicator::door(const Call& call, uint64_t seq) const {
   std::string s = name_of(call.part_of == CallKind::none ? call.kind : call.part_of);
-  if (seq) s += " #" + std::to_string(seq);
+  if (seq && call.kind != CallKind::init) s += " #" + std::to_string(seq);
   s += " (rank " + std::to_string(rank_) + "/" + std::to_string(size());
   if (size() != world_->size()) s += ", rank " + std::to_string(world_->rank()) + " of the job";
   return s + ")";
@@ -228,7 +228,9 @@ Error Communicator::completed(const Error& error, const Call& call, uint64_t seq
     case Trouble::deadline: {
       out.table = table(error.ranks);
       out.text = where;
-      if (error.ranks.empty())
+      if (error.ranks.empty() && !error.text.empty())
+        out.text += error.text + " within " + limit_text(limit) + ".";
+      else if (error.ranks.empty())
         out.text += "operations started before with async_op=True did not end within " +
                     limit_text(limit) + ".";
       else if (transfer)
@@ -237,9 +239,11 @@ Error Communicator::completed(const Error& error, const Call& call, uint64_t seq
                     limit_text(limit) + ".";
       else
         out.text += ranks_text(error.ranks) + " did not come within " + limit_text(limit) + ".";
-      out.text += out.table +
-                  "\nThe communicator cannot be used any more. If the missing rank is only slow, "
-                  "give a longer timeout=; else make it call the same operation.";
+      out.text += out.table + "\nThe communicator cannot be used any more.";
+      if (!error.ranks.empty())
+        out.text +=
+            " If the missing rank is only slow, "
+            "give a longer timeout=; else make it call the same operation.";
       break;
     }
     case Trouble::peer_lost: {
@@ -262,6 +266,7 @@ Error Communicator::completed(const Error& error, const Call& call, uint64_t seq
       out.text = where + error.text;
       break;
   }
+  out.complete = true;
   return out;
 }
 

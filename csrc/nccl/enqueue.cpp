@@ -81,19 +81,22 @@ size_t size(int64_t n) { return static_cast<size_t>(n); }
 }  // namespace
 
 std::string refusal(const Call& call, int version) {
-  if (!has_op(call.kind)) return "";
-  const std::string what = std::string("op='") + name_of(call.op) + "' of " + name_of(call.dtype);
+  if (!has_op(call.kind)) return {};
   const DType t = call.dtype;
-  if (t == DType::int16 || t == DType::uint16)
+  const bool no_type = t == DType::int16 || t == DType::uint16;
+  const bool no_product = info(t).cls == DTypeClass::complex && call.op == RedOp::prod;
+  const bool too_old =
+      (t == DType::float8_e4m3fn || t == DType::float8_e5m2) && version < version_code(2, 24, 3);
+  if (!no_type && !no_product && !too_old) return {};
+  const std::string what = std::string("op='") + name_of(call.op) + "' of " + name_of(t);
+  if (no_type)
     return "NCCL has no " + std::string(name_of(t)) +
            "; reduce x.astype('int32'), which holds every sum of up to 65536 of them";
-  if (info(t).cls == DTypeClass::complex && call.op == RedOp::prod)
+  if (no_product)
     return "NCCL cannot do " + what +
            "; all_gather x and multiply, or reduce on the host with x.get()";
-  if ((t == DType::float8_e4m3fn || t == DType::float8_e5m2) && version < version_code(2, 24, 3))
-    return what + " needs NCCL 2.24.3 or newer; this is " + version_text(version) +
-           "; reduce x.astype('float16')";
-  return "";
+  return what + " needs NCCL 2.24.3 or newer; this is " + version_text(version) +
+         "; reduce x.astype('float16')";
 }
 
 class Enqueue::Group {

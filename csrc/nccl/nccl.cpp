@@ -1,6 +1,6 @@
 #include "nccl.hpp"
 
-#include <memory>
+#include <atomic>
 #include <mutex>
 
 #include "../library.hpp"
@@ -10,7 +10,7 @@ namespace meshring::nccl {
 namespace {
 
 std::mutex lock;
-std::unique_ptr<Nccl> chosen;
+std::atomic<const Nccl*> chosen{nullptr};  // never destroyed: its threads live to the end
 
 constexpr int kOldest = version_code(2, 18, 1);
 
@@ -91,21 +91,17 @@ Nccl::Nccl(const std::string& path) {
 }
 
 const Nccl& Nccl::open(const std::string& path) {
-  std::lock_guard<std::mutex> guard(lock);
-  if (chosen) return *chosen;
-  chosen.reset(new Nccl(path));
+  const std::lock_guard<std::mutex> guard(lock);
+  if (!chosen) chosen = new Nccl(path);
   return *chosen;
 }
 
-bool Nccl::is_open() {
-  std::lock_guard<std::mutex> guard(lock);
-  return chosen != nullptr;
-}
+bool Nccl::is_open() { return chosen != nullptr; }
 
 const Nccl& Nccl::get() {
-  std::lock_guard<std::mutex> guard(lock);
-  if (!chosen) usage("NCCL is not open in this process; call meshring.init() first");
-  return *chosen;
+  const Nccl* nccl = chosen.load(std::memory_order_acquire);
+  if (!nccl) usage("NCCL is not open in this process; call meshring.init() first");
+  return *nccl;
 }
 
 std::string Nccl::identity() const { return "NCCL " + version_text(version_) + ", " + path_; }

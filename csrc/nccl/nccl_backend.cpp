@@ -26,8 +26,8 @@ int64_t expiry(int64_t now, double seconds) {
   return now + static_cast<int64_t>(seconds * 1e9);
 }
 
-std::mutex& turn_of(int device) {
-  static std::array<std::mutex, 64> turns;
+TryLock& turn_of(int device) {
+  static std::array<TryLock, 64> turns;
   return turns[static_cast<size_t>(device) % turns.size()];
 }
 
@@ -51,7 +51,6 @@ void Health::fail(const Error& e) {
 }
 
 std::optional<Error> Health::get() {
-  if (!failed.load(std::memory_order_acquire)) return std::nullopt;
   std::lock_guard<std::mutex> guard(lock);
   return error;
 }
@@ -70,7 +69,10 @@ class DeviceTransfer final : public Transfer {
     const device::OnDevice here(call_.device);
     return marker_.reached();
   }
-  std::optional<Error> error() const override { return health_->get(); }
+  std::optional<Error> error() const override {
+    if (!health_->failed.load(std::memory_order_acquire)) return std::nullopt;
+    return health_->get();
+  }
   const Call& call() const override { return call_; }
 
  private:
@@ -99,14 +101,16 @@ NcclBackend::NcclBackend(Backend& host, int rank, int size, int device, Listener
 NcclBackend::~NcclBackend() {
   unwatch(this);
   if (!handle_) return;
-  std::lock_guard<std::mutex> guard(turn_);
+  for (int round = 0; !turn_.try_lock(); ++round) nap(round);
+  const std::lock_guard<TryLock> guard(turn_, std::adopt_lock);
   const device::OnDevice here(device_);
   nccl_.abort(handle_);
 }
 
 // ---- entering NCCL --------------------------------------------------------------------------
 
-NcclBackend::Turn::Turn(NcclBackend& backend, WaitContext& wait) : backend_(backend) {
+NcclBackend::Turn::Turn(NcclBackend& backend, WaitContext& wait)
+    : expires(expiry(now_ns(), wait.deadline.limit())), backend_(backend) {
   if (!backend.turn_.try_lock()) {
     wait.hooks.release();
     for (int round = 0; !backend.turn_.try_lock(); ++round) {
@@ -117,7 +121,7 @@ NcclBackend::Turn::Turn(NcclBackend& backend, WaitContext& wait) : backend_(back
       if (wait.hooks.interrupted()) throw Error(Trouble::interrupted, "interrupted");
     }
   }
-  backend.inside_until_.store(expiry(now_ns(), wait.deadline.limit()), std::memory_order_relaxed);
+  backend.inside_until_.store(expires, std::memory_order_relaxed);
 }
 
 NcclBackend::Turn::~Turn() {
@@ -126,7 +130,7 @@ NcclBackend::Turn::~Turn() {
 }
 
 void NcclBackend::check_alive() {
-  if (const std::optional<Error> error = health_->get()) throw *error;
+  if (health_->failed.load(std::memory_order_acquire)) throw *health_->get();
   if (!handle_) usage("the NCCL communicator is not open");
 }
 
@@ -262,10 +266,10 @@ void NcclBackend::enqueue(const Call* calls, size_t count, uint64_t record, Wait
   const Turn turn(*this, wait);
   check_alive();
   Enqueue(*this, wait).go(calls, count);
-  for (size_t i = 0; i < count; ++i) note(calls[i].stream, record + i, wait.deadline.limit());
+  for (size_t i = 0; i < count; ++i) note(calls[i].stream, record + i, turn.expires);
 }
 
-void NcclBackend::note(Stream stream, uint64_t record, double limit) {
+void NcclBackend::note(Stream stream, uint64_t record, int64_t expires) {
   Lane* lane = nullptr;
   for (Lane& l : lanes_)
     if (l.stream == stream) lane = &l;
@@ -275,7 +279,7 @@ void NcclBackend::note(Stream stream, uint64_t record, double limit) {
     lane->stream = stream;
   }
   lane->records[lane->enqueued++ % Lane::kKept] = record;
-  lane->fresh_expires = std::min(lane->fresh_expires, expiry(now_ns(), limit));
+  lane->fresh_expires = std::min(lane->fresh_expires, expires);
 }
 
 std::shared_ptr<Transfer> NcclBackend::mark(const Call& call) {
@@ -285,6 +289,7 @@ std::shared_ptr<Transfer> NcclBackend::mark(const Call& call) {
 void NcclBackend::synchronize(WaitContext& wait) {
   check_alive();
   std::vector<std::shared_ptr<Transfer>> ends;
+  std::vector<uint64_t> reached;
   {
     const Turn turn(*this, wait);
     for (const Lane& lane : lanes_) {
@@ -293,10 +298,18 @@ void NcclBackend::synchronize(WaitContext& wait) {
       call.device = static_cast<int16_t>(device_);
       call.stream = lane.stream;
       ends.push_back(mark(call));
+      reached.push_back(lane.enqueued);
     }
   }
   wait.hooks.release();
   for (const auto& end : ends) wait_for(*end, wait);
+  const Turn turn(*this, wait);
+  for (Lane& lane : lanes_) {
+    const auto it = std::find_if(ends.begin(), ends.end(), [&](const auto& end) {
+      return end->call().stream == lane.stream;
+    });
+    if (it != ends.end()) finish(lane, reached[static_cast<size_t>(it - ends.begin())]);
+  }
 }
 
 void NcclBackend::wait_for(Transfer& transfer, WaitContext& wait) {
@@ -349,7 +362,7 @@ void NcclBackend::look() {
       listener_.stuck();
     return;
   }
-  const std::lock_guard<std::mutex> guard(turn_, std::adopt_lock);
+  const std::lock_guard<TryLock> guard(turn_, std::adopt_lock);
   if (!handle_) return;
   try {
     const device::OnDevice here(device_);
@@ -363,12 +376,18 @@ void NcclBackend::look() {
   }
 }
 
+// The stream has come to the end of its first `upto` calls.
+void NcclBackend::finish(Lane& lane, uint64_t upto) {
+  const uint64_t kept_from = lane.enqueued > Lane::kKept ? lane.enqueued - Lane::kKept : 0;
+  for (uint64_t i = std::max(lane.done, kept_from); i < upto; ++i)
+    listener_.finished(lane.records[i % Lane::kKept]);
+  lane.done = std::max(lane.done, upto);
+  if (lane.idle()) lane.fresh_expires = INT64_MAX;
+}
+
 void NcclBackend::advance(Lane& lane) {
   if (lane.marked && lane.marker.reached()) {
-    const uint64_t kept_from = lane.enqueued > Lane::kKept ? lane.enqueued - Lane::kKept : 0;
-    for (uint64_t i = std::max(lane.done, kept_from); i < lane.covered; ++i)
-      listener_.finished(lane.records[i % Lane::kKept]);
-    lane.done = lane.covered;
+    finish(lane, lane.covered);
     lane.marked = false;
     lane.marked_expires = INT64_MAX;
   }
@@ -396,22 +415,30 @@ std::optional<Error> NcclBackend::diagnose(int64_t now) {
   Result state = Result::success;
   const Result asked = nccl_.async_error(handle_, &state);
   if (asked != Result::success) return nccl_.error(asked, "ncclCommGetAsyncError", handle_);
-  if (state != Result::success && state != Result::in_progress)
-    return nccl_.error(state, "the communicator's threads", handle_);
+  const bool failed = state != Result::success && state != Result::in_progress;
+  const std::optional<int> lost = lost_peer(failed || busy(), now);
+  if (lost && (failed || now - peer_left_since_ > kPeerGrace))
+    return Error(Trouble::peer_lost, "", {*lost});
+  if (failed) {
+    // A remote error is most often that of a peer which is about to be found dead.
+    if (failed_since_ == 0) failed_since_ = now;
+    if (state == Result::remote_error && now - failed_since_ < kPeerGrace) return std::nullopt;
+    return nccl_.error(state, "ncclCommGetAsyncError", handle_);
+  }
   for (Lane& lane : lanes_) advance(lane);
   for (const Lane& lane : lanes_)
     if (now > std::min(lane.marked_expires, lane.fresh_expires))
       return Error(Trouble::deadline, ras_report(nccl_.version()));
-  if (!busy()) {
-    peer_left_since_ = 0;
-    return std::nullopt;
-  }
-  for (int p = 0; p < size_; ++p) {
+  return std::nullopt;
+}
+
+std::optional<int> NcclBackend::lost_peer(bool matters, int64_t now) {
+  for (int p = 0; matters && p < size_; ++p) {
     if (p == rank_ || !host_.has_left(p)) continue;
     if (peer_left_since_ == 0) peer_left_since_ = now;
-    if (now - peer_left_since_ > kPeerGrace) return Error(Trouble::peer_lost, "", {p});
-    break;
+    return p;
   }
+  peer_left_since_ = 0;
   return std::nullopt;
 }
 

@@ -23,6 +23,16 @@
 
 namespace meshring::nccl {
 
+// A lock that nobody waits in: who cannot have it tries again, with a deadline, or goes away.
+class TryLock {
+ public:
+  bool try_lock() { return !held_.exchange(true, std::memory_order_acquire); }
+  void unlock() { held_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool> held_{false};
+};
+
 // What the communicator wants to hear, some of it from the watchdog's thread.
 struct Listener {
   // What was enqueued as `record` or a little later failed; everything enqueued has ended.
@@ -100,6 +110,8 @@ class NcclBackend final : public DeviceBackend, public Watched {
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
+    const int64_t expires;  // of the call, on the coarse clock
+
    private:
     NcclBackend& backend_;
   };
@@ -108,12 +120,15 @@ class NcclBackend final : public DeviceBackend, public Watched {
   void settle(Handle handle, const char* function, WaitContext& wait);
   void made(const char* function, WaitContext& wait);
   void check_alive();
-  void note(Stream stream, uint64_t record, double limit);
+  void note(Stream stream, uint64_t record, int64_t expires);
   void advance(Lane& lane);
+  void finish(Lane& lane, uint64_t upto);
   // What is wrong, if anything is, with what was enqueued. Under the turn.
   std::optional<Error> diagnose(int64_t now);
   void abort(const Error& error);  // under the turn
   bool busy() const;
+  // A peer that has left, where that matters.
+  std::optional<int> lost_peer(bool matters, int64_t now);
 
   Backend& host_;
   const Nccl& nccl_;
@@ -122,11 +137,12 @@ class NcclBackend final : public DeviceBackend, public Watched {
   const int device_;
   Listener listener_;
   std::shared_ptr<Health> health_;
-  std::mutex& turn_;
+  TryLock& turn_;
   Handle handle_ = nullptr;
   const device::Kernels* kernels_ = nullptr;  // of an open communicator
   std::vector<Lane> lanes_;
   int64_t peer_left_since_ = 0;
+  int64_t failed_since_ = 0;  // NCCL's own thread said so
   std::atomic<bool> give_up_{false};
   std::atomic<int64_t> inside_until_{0};  // when the thread inside NCCL should be out; 0: nobody is
 };
