@@ -14,7 +14,7 @@ from meshring.errors import MeshringError, UsageError
 
 # With one of these the user says that several ranks on one GPU are meant.
 _SHARING = ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_HOSTID")
-_INSTALL = "pip install 'meshring[cu12]' (CUDA 13: 'meshring[cu13]')"
+INSTALL = "pip install 'meshring[cu12]' (CUDA 13: 'meshring[cu13]')"
 
 
 def readiness(local_rank: int) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def readiness(local_rank: int) -> dict[str, Any]:
     CuPy is not imported. Errors: none.
     """
     if find_spec("cupy") is None:
-        return {"why_off": f"CuPy is not installed; {_INSTALL}"}
+        return {"why_off": f"CuPy is not installed; {INSTALL}"}
     try:
         devices = _core.cuda_devices()
         library = nccl.library()
