@@ -139,7 +139,8 @@ CASES = [
         + "comm.all_reduce(x)\ncomm.synchronize()\nif comm.rank == 1:\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\ncomm.all_reduce(x)\n",
         "PeerLostError",
-        ("all_reduce #2 (rank 0/2)", "rank 1 (pid", "killed by SIGKILL", "all_reduce(float32 (8,), op=sum) #1 at"),
+        ("all_reduce #2 (rank 0/2)", "rank 1 (pid", "killed by SIGKILL",
+         "all_reduce(float32 (8,), op=sum) #1 at"),
         gpu={},
     ),
     Case(

@@ -35,6 +35,7 @@ def readiness(local_rank: int) -> dict[str, Any]:
         "name": mine["name"],
         "uuid": mine["uuid"],
         "nccl": library.code,
+        "sharing": any(os.environ.get(name) for name in _SHARING),
         "why_off": "",
     }
 
@@ -84,7 +85,7 @@ def _why_off(rows: list[dict[str, Any]], me: int) -> str:
     if len(versions) > 1:
         each = ", ".join(f"rank {r} {row['nccl']}" for r, row in enumerate(rows))
         return f"the ranks have different versions of NCCL ({each}); install the same everywhere"
-    if any(os.environ.get(name) for name in _SHARING):
+    if all(row["sharing"] for row in rows):
         return ""
     owners: dict[str, int] = {}
     for rank, row in enumerate(rows):
