@@ -222,10 +222,12 @@ def check_gpu() -> list[Check]:
     facts["others"] = _others(facts, find_nccl())
     facts |= {"installed": packages | wheels, "available": not facts["why_off"]}
     if "error" in facts["driver"]:
+        named = "MESHRING_NCCL_LIBRARY" in os.environ
+        absent = "error" in facts["nccl"] and not facts["others"] and not named
         sentence = (
             f"off, arrays on the host work without it: {facts['driver']['error']}. Beside that: "
-            f"{_names(packages) or 'no CuPy'}; {_nccl_text(facts)}; kernels "
-            f"{_kernels_text(facts['kernels'])}"
+            f"{_names(packages) or 'no CuPy'}; {'no NCCL' if absent else _nccl_text(facts)}; "
+            f"kernels {_kernels_text(facts['kernels'])}"
         )
         broken = Path(DEVICE_FILE).exists() and "CUDA_VISIBLE_DEVICES" not in os.environ
         return [*checks, Check("backend nccl", WARN if broken else OK, sentence, facts)]
