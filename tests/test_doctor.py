@@ -56,7 +56,7 @@ def test_json_says_the_same() -> None:
     assert checks["cores"]["facts"]["usable"] == len(os.sched_getaffinity(0))
     assert checks["memory"]["facts"]["available_bytes"] > 0
     assert checks["isa"]["facts"]["isas"]
-    for name in ("nccl", "mpi", "gloo"):
+    for name in ("mpi", "gloo"):
         backend = checks[f"backend {name}"]
         assert backend["facts"]["available"] is False
         assert "not in this version of meshring" in backend["sentence"]
@@ -171,22 +171,3 @@ def test_limits_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.memory_available() is None
     assert doctor.check_memory().verdict == WARN
     assert doctor.check_kernel().verdict == OK
-
-
-def test_two_nccl_wheels_are_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    library = tmp_path / "nvidia/nccl/lib/libnccl.so.2"
-    library.parent.mkdir(parents=True)
-    library.touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    one = {"nvidia-nccl-cu12": "2.32.3", "cupy-cuda12x": "14.2.0", "cupyx": "1"}
-    monkeypatch.setattr(doctor, "installed", lambda: one)
-    check = doctor.check_nccl_library()
-    assert check.verdict == OK
-    assert str(library) in check.facts["paths"]
-    nccl = next(check for check in doctor.check_backends() if check.name == "backend nccl")
-    assert nccl.facts["installed"] == {"cupy-cuda12x": "14.2.0", "nvidia-nccl-cu12": "2.32.3"}
-    two = one | {"nvidia-nccl-cu13": "2.32.3"}
-    monkeypatch.setattr(doctor, "installed", lambda: two)
-    check = doctor.check_nccl_library()
-    assert check.verdict == WARN
-    assert "own the same files" in check.sentence

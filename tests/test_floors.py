@@ -61,7 +61,17 @@ PYTHON = {
     1: {"environment", "_core"},
     2: {"backends", "backends.base", "nccl", "device"},
     3: {"communicator", "local"},
-    7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
+    7: {
+        "launch",
+        "bench",
+        "bench_worker",
+        "bench_report",
+        "doctor",
+        "doctor_check",
+        "doctor_gpu",
+        "cli",
+        "__main__",
+    },
 }
 
 

@@ -5,19 +5,34 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
+import standin
 from procs import run_ranks
 
 ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
 def test_the_page_of_python_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, _ = BLOCKS
     shapes = "\nprint(wide.shape, part.shape, mine.shape, halo.shape, y.shape)\n"
     result = run_ranks(code + shapes, 4)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     for rank, part in enumerate((3, 3, 2, 2)):
         assert f"[{rank}] (2, 12) ({part},) (1, 4) (2,) (8,)" in result.stdout
+
+
+def test_the_page_for_gpus_runs_on_the_standin(tmp_path: Path) -> None:
+    pytest.importorskip("cupy", reason="pip install cupy-cuda12x")
+    if standin.compiler() is None:
+        pytest.skip(standin.SKIP)
+    code = BLOCKS[1].replace("comm.close()", "print(rows.shape, cupy.asnumpy(x)[0])\ncomm.close()")
+    start = "import standin_cupy; standin_cupy.install()\n"
+    result = run_ranks(start + code, 2, env=standin.environment(tmp_path, gpus=2))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("(2, 8) 2.0") == 2
 
 
 def test_the_examples_run() -> None:

@@ -14,7 +14,7 @@ from meshring.errors import MeshringError, UsageError
 
 # With one of these the user says that several ranks on one GPU are meant.
 _SHARING = ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_HOSTID")
-_INSTALL = "pip install 'meshring[cu12]' (CUDA 13: 'meshring[cu13]')"
+INSTALL = "pip install 'meshring[cu12]' (CUDA 13: 'meshring[cu13]')"
 
 
 def readiness(local_rank: int) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def readiness(local_rank: int) -> dict[str, Any]:
     CuPy is not imported. Errors: none.
     """
     if find_spec("cupy") is None:
-        return {"why_off": f"CuPy is not installed; {_INSTALL}"}
+        return {"why_off": f"CuPy is not installed; {INSTALL}"}
     try:
         devices = _core.cuda_devices()
         library = nccl.library()
@@ -35,6 +35,7 @@ def readiness(local_rank: int) -> dict[str, Any]:
         "name": mine["name"],
         "uuid": mine["uuid"],
         "nccl": library.code,
+        "sharing": any(os.environ.get(name) for name in _SHARING),
         "why_off": "",
     }
 
@@ -84,7 +85,7 @@ def _why_off(rows: list[dict[str, Any]], me: int) -> str:
     if len(versions) > 1:
         each = ", ".join(f"rank {r} {row['nccl']}" for r, row in enumerate(rows))
         return f"the ranks have different versions of NCCL ({each}); install the same everywhere"
-    if any(os.environ.get(name) for name in _SHARING):
+    if all(row["sharing"] for row in rows):
         return ""
     owners: dict[str, int] = {}
     for rank, row in enumerate(rows):

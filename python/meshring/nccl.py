@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +100,24 @@ def _candidates() -> Iterator[tuple[str, str]]:
     if named:
         yield _BY_VARIABLE, named
         return
-    for path in _core.mapped_libraries("libnccl.so"):
+    for path in mapped():
         yield "mapped into this process already", path
     for path in wheels():
         yield "NVIDIA's wheel", path
     yield "the system", "libnccl.so.2"
 
 
+def mapped() -> list[str]:
+    """Return the paths of every libnccl.so that is mapped into this process."""
+    lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+    paths = ["/" + line.partition("/")[2] for line in lines if "/libnccl.so" in line]
+    return list(dict.fromkeys(paths))
+
+
 def wheels() -> list[str]:
-    """Return the paths of libnccl.so.2 in NVIDIA's wheels, found without importing them."""
-    try:
-        spec = find_spec("nvidia.nccl")
-    except (ImportError, ValueError):
-        return []
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    paths = [Path(folder) / "lib" / "libnccl.so.2" for folder in folders]
-    return [str(p) for p in paths if p.exists()]
+    """Return the paths of libnccl.so.2 in NVIDIA's wheels, along sys.path and without an import."""
+    folders = dict.fromkeys(Path(entry or ".") / "nvidia/nccl/lib" for entry in sys.path)
+    return [str(f / "libnccl.so.2") for f in folders if (f / "libnccl.so.2").exists()]
 
 
 def allocator() -> Callable[[int], Any]:
