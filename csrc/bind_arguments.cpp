@@ -154,8 +154,9 @@ Array read_output(PyObject* object, const char* argument) {
   if (!(flags & kWriteable))
     usage(name + " is read-only and would be written; give a copy, x.copy()");
   usage(name + " is not C-contiguous (shape " + shape_text(a.ndim, a.shape()) +
-        ") and would be written; give a contiguous array, numpy.ascontiguousarray(x), or, where "
-        "the operation has one, a contiguous out=");
+        ") and would be written; give a contiguous array, " + (a.device < 0 ? "numpy" : "cupy") +
+        ".ascontiguousarray(x), or, where the operation has "
+        "one, a contiguous out=");
 }
 
 PyObject* descriptor_of(DType dtype) {

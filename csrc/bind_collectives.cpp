@@ -15,7 +15,7 @@ py::object run(PyObject* self, PyCommunicator& comm, Call& call, const Array* in
   if (call.device >= 0) {
     const Array* arrays[] = {in, out};
     const bool made = (in && in->packed) || (out && out->made);
-    enqueue(comm, &call, 1, options.stream, seconds, arrays, 2, made);
+    enqueue(comm, &call, 1, options.stream, seconds, arrays, 2, made, async != 0);
     if (async) return make_work(self, comm.c->mark(call), std::move(result), in, out);
     return result;
   }

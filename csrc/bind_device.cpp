@@ -210,12 +210,15 @@ void PyCommunicator::harvest() {
 }
 
 void enqueue(PyCommunicator& comm, Call* calls, size_t count, PyObject* stream, double seconds,
-             const Array* const* arrays, size_t array_count, bool made) {
+             const Array* const* arrays, size_t array_count, bool made, bool marks) {
   const int device = calls[0].device;
   comm.c->check_device(device);
   const StreamChoice choice = choose_stream(comm, stream, device);
   for (size_t i = 0; i < count; ++i) calls[i].stream = choice.handle;
   const bool elsewhere = choice.handle != choice.current;
+  const bool captured = (elsewhere || marks) && comm.c->capturing(choice.handle);
+  if (marks && captured)
+    usage("a Work inside the capture of a CUDA graph; call without async_op, isend or irecv");
   if (elsewhere && made) device::order(device, choice.current, choice.handle);
   comm.harvest();
   const auto all = [&] {
@@ -233,7 +236,7 @@ void enqueue(PyCommunicator& comm, Call* calls, size_t count, PyObject* stream, 
     throw;
   }
   // CuPy gives freed memory to the stream that it was made on, which knows nothing of another one.
-  if (elsewhere) comm.lent.emplace_back(comm.c->mark(calls[0]), all());
+  if (elsewhere && !captured) comm.lent.emplace_back(comm.c->mark(calls[0]), all());
 }
 
 }  // namespace meshring

@@ -21,9 +21,10 @@ struct StreamChoice {
 StreamChoice choose_stream(PyCommunicator& comm, PyObject* stream, int device);
 
 // Enqueues the calls; keeps arrays that live on another stream than CuPy's current one until the
-// GPU is done with them. `made` says that some were made or packed for this call.
+// GPU is done with them. `made`: some were made or packed for this call. `marks`: the caller wants
+// a Work, which a CUDA graph cannot have.
 void enqueue(PyCommunicator& comm, Call* calls, size_t count, PyObject* stream, double seconds,
-             const Array* const* arrays, size_t array_count, bool made);
+             const Array* const* arrays, size_t array_count, bool made, bool marks = false);
 // Throws Error(usage) for stream= with an array on the host.
 void refuse_stream(PyObject* stream);
 

@@ -201,7 +201,6 @@ void bind_nccl(py::module_& m) {
       py::arg("pointer"));
   m.def("cuda_driver", &driver_info);
   m.def("cuda_devices", &devices);
-  m.def("mapped_libraries", &mapped_libraries, py::arg("prefix"));
 }
 
 }  // namespace meshring

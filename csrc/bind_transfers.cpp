@@ -177,7 +177,7 @@ py::object posted(PyObject* self, PyCommunicator& comm, Call call, const Array& 
   Inside inside(comm);
   if (call.device >= 0) {
     const Array* arrays[] = {&a};
-    enqueue(comm, &call, 1, stream, comm.c->timeout(), arrays, 1, a.made || a.packed);
+    enqueue(comm, &call, 1, stream, comm.c->timeout(), arrays, 1, a.made || a.packed, true);
     return make_work(self, comm.c->mark(call), std::move(result), &a, nullptr);
   }
   refuse_stream(stream);

@@ -91,6 +91,7 @@ class Communicator {
   void open_device(const Call& on_behalf_of, double timeout, Hooks& hooks);
   // Enqueues one collective, or sends and receives that go together.
   void enqueue(const Call* calls, size_t count, double timeout, Hooks& hooks);
+  bool capturing(void* stream) const;  // into a CUDA graph
   // Something to wait for: done when what was enqueued up to now on the call's stream is done.
   std::shared_ptr<Pending> mark(const Call& call);
 
@@ -122,7 +123,8 @@ class Communicator {
   void split_device(Communicator* part, int color, int key, double timeout, Hooks& hooks);
   void compare(const Call& call, WaitContext& wait);
   void device_failed(const Error& error, uint64_t record);
-  RecordCopy stuck_call(const std::vector<int>& suspects, uint64_t record) const;
+  RecordCopy stuck_call(uint64_t record) const;
+  bool has_made(int p, uint64_t seq) const;
   void device_finished(uint64_t record);
   [[noreturn]] void device_stuck();
   void close_device(Hooks& hooks);

@@ -115,6 +115,9 @@ void Communicator::enqueue(const Call* calls, size_t count, double timeout, Hook
             "meshring.init(backend='nccl')");
     open_device(first, timeout, hooks);
   }
+  if (count == 1 && !collective && first.root == rank_)
+    usage(std::string("argument '") + (first.kind == CallKind::send ? "dest" : "source") +
+          "' is this rank itself; on a GPU its send and its receive go into one group()");
   for (size_t i = 0; i < count; ++i) {
     if (!has_op(calls[i].kind)) continue;
     std::string why = nccl::refusal(calls[i], nccl::Nccl::get().version());
@@ -134,6 +137,11 @@ void Communicator::enqueue(const Call* calls, size_t count, double timeout, Hook
   }
   for (size_t i = 0; i < count; ++i) rings_[rank_].at(record + i).state = CallState::enqueued;
   entry_->now_state.store(CallState::enqueued, std::memory_order_relaxed);
+}
+
+bool Communicator::capturing(void* stream) const {
+  int yes = 0;
+  return device::Driver::get().stream_capturing(stream, &yes) == device::kSuccess && yes != 0;
 }
 
 // All ranks meet on the host and compare what they are about to launch.
@@ -201,26 +209,30 @@ void Communicator::device_finished(uint64_t record) {
   r.state = CallState::done;
 }
 
-// The watchdog knows which of this rank's calls may be the one, `record` or a later one. Calls are
-// in the same order everywhere, so it is the first that a rank (one of `suspects`) has not made.
-RecordCopy Communicator::stuck_call(const std::vector<int>& suspects, uint64_t record) const {
+// The watchdog knows which of this rank's calls may be the one: `record` or a later one. Calls are
+// in the same order everywhere, so it is the first that one of the ranks has not made.
+RecordCopy Communicator::stuck_call(uint64_t record) const {
   const RecordCopy first = record ? copy_of(rings_[rank_].at(record)) : RecordCopy{};
   const std::optional<RecordCopy> last = latest_collective(rank_);
   if (!last || !first.seq) return first;
-  uint64_t made = last->seq;
-  for (int p = 0; p < size(); ++p) {
-    const bool suspect =
-        suspects.empty() || std::find(suspects.begin(), suspects.end(), p) != suspects.end();
-    if (!suspect || p == rank_) continue;
-    const std::optional<RecordCopy> theirs = latest_collective(p);
-    made = std::min(made, theirs ? theirs->seq : 0);
-  }
-  if (made < first.seq) return first;
-  return record_of(rank_, made + 1).value_or(first);
+  for (uint64_t seq = first.seq; seq <= last->seq; ++seq)
+    for (int p = 0; p < size(); ++p)
+      if (!has_made(p, seq)) return record_of(rank_, seq).value_or(first);
+  return first;
+}
+
+// Whether rank p has made this rank's call of that number.
+bool Communicator::has_made(int p, uint64_t seq) const {
+  if (p == rank_) return true;
+  const std::optional<RecordCopy> mine = record_of(rank_, seq);
+  if (const std::optional<RecordCopy> theirs = record_of(p, seq))
+    return !mine || mine->signature == theirs->signature;
+  const std::optional<RecordCopy> last = latest_collective(p);
+  return last && last->seq > seq;
 }
 
 void Communicator::device_failed(const Error& error, uint64_t record) {
-  const RecordCopy r = stuck_call(error.ranks, record);
+  const RecordCopy r = stuck_call(record);
   Call call;
   call.kind = r.kind;
   call.root = r.root;
@@ -259,10 +271,8 @@ Error Communicator::completed_device(const Error& error, const Call& call, uint6
   std::snprintf(ago, sizeof ago, "%.1f s", limit);
   out.text = door(call, seq) + at_site(rank_, call.site) + ": not done on the GPU after " + ago;
   out.ranks.clear();
-  for (int p = 0; seq && p < size(); ++p) {
-    const std::optional<RecordCopy> last = latest_collective(p);
-    if (p != rank_ && (!last || last->seq < seq)) out.ranks.push_back(p);
-  }
+  for (int p = 0; seq && p < size(); ++p)
+    if (!has_made(p, seq)) out.ranks.push_back(p);
   if (!seq && call.root >= 0)
     out.text += "; rank " + std::to_string(call.root) + " is the other side.";
   else if (out.ranks.empty())
@@ -275,7 +285,10 @@ Error Communicator::completed_device(const Error& error, const Call& call, uint6
   out.text += out.table;
   if (!error.text.empty()) out.text += "\nNCCL's RAS service says:\n" + error.text;
   out.text +=
-      "\nEverything enqueued on this communicator was aborted, and it cannot be used any more.";
+      "\nEverything enqueued on this communicator was aborted, and it cannot be used any more. ";
+  out.text += seq ? "Make every rank call the same, or give a longer timeout= if one is only slow; "
+                    "init(check=True) compares the calls before each launch."
+                  : "A send and a receive that need one another go into one group().";
   return out;
 }
 

@@ -3,9 +3,6 @@
 #include <dlfcn.h>
 #include <link.h>
 
-#include <algorithm>
-#include <fstream>
-
 namespace meshring {
 
 Library::Library(const std::string& name) : handle_(dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) {
@@ -20,18 +17,5 @@ Library::Library(const std::string& name) : handle_(dlopen(name.c_str(), RTLD_NO
 }
 
 void* Library::find(const char* symbol) const { return handle_ ? dlsym(handle_, symbol) : nullptr; }
-
-std::vector<std::string> mapped_libraries(const std::string& prefix) {
-  std::vector<std::string> found;
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);) {
-    const size_t begin = line.find('/');
-    if (begin == std::string::npos) continue;
-    const std::string path = line.substr(begin);
-    if (path.compare(path.rfind('/') + 1, prefix.size(), prefix) != 0) continue;
-    if (std::find(found.begin(), found.end(), path) == found.end()) found.push_back(path);
-  }
-  return found;
-}
 
 }  // namespace meshring

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 namespace meshring {
 
@@ -28,8 +27,5 @@ class Library {
   std::string path_;
   std::string why_;
 };
-
-// Files mapped into this process whose name begins with `prefix`, for example "libnccl.so".
-std::vector<std::string> mapped_libraries(const std::string& prefix);
 
 }  // namespace meshring

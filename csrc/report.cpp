@@ -203,6 +203,10 @@ std::string Communicator::table(const std::vector<int>& missing) const {
 }
 
 std::string Communicator::not_done_text(const Pending& pending, double limit) const {
+  if (pending.call.kind == CallKind::synchronize)
+    return door(pending.call, 0) + ": what was started before is not done after " +
+           limit_text(limit) + "." + table({}) +
+           "\nIt goes on, up to the deadline of each call; synchronize() again waits on.";
   return door(pending.call, pending.number) + ": its Work is not done after waiting " +
          limit_text(limit) + "." + table({}) + "\nThe operation goes on; wait() for it again.";
 }

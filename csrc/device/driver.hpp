@@ -59,6 +59,18 @@ class OnDevice {
   bool changed_ = false;
 };
 
+// While it lives, what this thread asks of the driver does not break a capture of another thread.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { Driver::get().exchange_capture_mode(&mode_); }
+  ~RelaxedCapture() { Driver::get().exchange_capture_mode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  int mode_ = kCaptureRelaxed;
+};
+
 // An event without timing; made on first use and used again and again.
 class Marker {
  public:

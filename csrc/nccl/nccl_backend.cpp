@@ -67,6 +67,7 @@ class DeviceTransfer final : public Transfer {
   bool done() const override {
     if (health_->failed.load(std::memory_order_acquire)) return true;
     const device::OnDevice here(call_.device);
+    const device::RelaxedCapture relaxed;
     return marker_.reached();
   }
   std::optional<Error> error() const override {
@@ -188,6 +189,9 @@ void NcclBackend::join(const UniqueId& id, Config config, WaitContext& wait) {
   wait.hooks.release();
   config.blocking = 0;
   const Result result = nccl_.init_rank(&handle_, size_, id, rank_, &config);
+  if (result == Result::invalid_argument)
+    throw Error(Trouble::backend, nccl_.error(result, "ncclCommInitRankConfig", nullptr).text +
+                                      ". Look at the settings that init() got as nccl=");
   if (result != Result::success && result != Result::in_progress)
     throw nccl_.error(result, "ncclCommInitRankConfig", nullptr);
   made("ncclCommInitRankConfig", wait);
@@ -321,6 +325,24 @@ void NcclBackend::wait_for(Transfer& transfer, WaitContext& wait) {
     nap(round);
   }
   if (const std::optional<Error> error = transfer.error()) throw *error;
+  ask_nccl(wait);
+}
+
+// A stream may come to its end although NCCL has failed: ask before saying that all is well.
+void NcclBackend::ask_nccl(WaitContext& wait) {
+  for (int round = 0;; ++round) {
+    {
+      const Turn turn(*this, wait);
+      check_alive();
+      Result state = Result::success;
+      const Result asked = nccl_.async_error(handle_, &state);
+      if (asked == Result::success && (state == Result::success || state == Result::in_progress))
+        return;
+      const device::OnDevice here(device_);
+      if (const std::optional<Error> error = diagnose(now_ns())) abort(*error);
+    }
+    nap(round);
+  }
 }
 
 void* NcclBackend::register_buffer(void* data, size_t bytes, bool window, WaitContext& wait) {
@@ -333,10 +355,13 @@ void* NcclBackend::register_buffer(void* data, size_t bytes, bool window, WaitCo
   const device::OnDevice here(device_);
   wait.hooks.release();
   void* out = nullptr;
-  if (window)
-    check(nccl_.register_window(handle_, data, bytes, &out, kWindowSymmetric),
-          "ncclCommWindowRegister", wait);
-  else
+  if (window) {
+    const Result result = nccl_.register_window(handle_, data, bytes, &out, kWindowSymmetric);
+    if (result == Result::invalid_argument)
+      usage(nccl_.error(result, "ncclCommWindowRegister", handle_).text +
+            ". A window needs memory of meshring.nccl.allocator()");
+    check(result, "ncclCommWindowRegister", wait);
+  } else
     check(nccl_.register_buffer(handle_, data, bytes, &out), "ncclCommRegister", wait);
   return out;
 }
@@ -366,11 +391,8 @@ void NcclBackend::look() {
   if (!handle_) return;
   try {
     const device::OnDevice here(device_);
-    int relaxed = device::kCaptureRelaxed;  // our queries must not break another thread's capture
-    const device::Driver& driver = device::Driver::get();
-    driver.exchange_capture_mode(&relaxed);
+    const device::RelaxedCapture relaxed;
     if (const std::optional<Error> error = diagnose(now)) abort(*error);
-    driver.exchange_capture_mode(&relaxed);
   } catch (const Error& error) {
     abort(error);
   }

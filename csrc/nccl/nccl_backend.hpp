@@ -120,6 +120,7 @@ class NcclBackend final : public DeviceBackend, public Watched {
   void settle(Handle handle, const char* function, WaitContext& wait);
   void made(const char* function, WaitContext& wait);
   void check_alive();
+  void ask_nccl(WaitContext& wait);
   void note(Stream stream, uint64_t record, int64_t expires);
   void advance(Lane& lane);
   void finish(Lane& lane, uint64_t upto);
