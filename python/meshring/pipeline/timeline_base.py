@@ -186,14 +186,16 @@ class TimelineBase:
         """Highest number of live activations per rank, one for each (stage, microbatch).
 
         An activation lives from the start of its forward to the end of its backward, or of its
-        weight gradient where the backward is split.
+        weight gradient where the backward is split. On a rank that recomputes, it lives from its
+        recomputation on.
         """
         if self._given_activations is not None:
             return np.asarray(self._given_activations)
         peaks = np.zeros(self.num_ranks, np.int64)
         for rank in range(self.num_ranks):
             rows = self.compute(rank)
-            born = rows["start"][rows["kind"] == OpKind.FORWARD]
+            again = rows["kind"] == OpKind.RECOMPUTE
+            born = rows["start"][again if again.any() else rows["kind"] == OpKind.FORWARD]
             freed = np.sort(rows["end"][np.isin(rows["kind"], [int(k) for k in _FREES])])
             if born.size:
                 dead = np.searchsorted(freed, born, side="right")
