@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,11 +41,18 @@ PYTHON = {
     1: {"environment", "_core"},
     2: {"backends", "backends.base"},
     3: {"communicator", "local"},
+    5.0: {"pipeline.action", "pipeline.engine"},
+    5.1: {"pipeline.operations", "pipeline.timeline_base"},
+    5.2: {"pipeline.program", "pipeline.layout"},
+    5.3: {"pipeline.schedules_line", "pipeline.schedules_loop", "pipeline.schedules_v"},
+    5.4: {"pipeline.schedules"},
+    5.8: {"pipeline.schedule"},
+    5.9: {"pipeline"},
     7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
 }
 
 
-def floors(table: dict[int, set[str]]) -> dict[str, int]:
+def floors(table: Mapping[Any, set[str]]) -> dict[str, float]:
     return {name: floor for floor, names in table.items() for name in names}
 
 

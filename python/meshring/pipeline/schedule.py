@@ -1,0 +1,80 @@
+"""PipelineSchedule: what users hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+
+from meshring.errors import UsageError
+from meshring.pipeline.program import Program, positive
+from meshring.pipeline.schedules import make
+
+
+class PipelineScheduleType(str, Enum):
+    """The orders that PipelineSchedule can make."""
+
+    SEQUENTIAL = "sequential"
+    GPIPE = "gpipe"
+    ONE_FORWARD_ONE_BACKWARD = "1f1b"
+    INTERLEAVED_ONE_F1B = "interleaved-1f1b"
+    LOOPED_BFS = "looped-bfs"
+    ZB_H1 = "zb-h1"
+    ZB_H2 = "zb-h2"
+    ZB_V = "zb-v"
+    V_HALF = "v-half"
+    V_MIN = "v-min"
+    DUALPIPE = "dualpipe"
+    DUALPIPEV = "dualpipev"
+    AUTO = "auto"
+
+
+class PipelineSchedule(Program):
+    """The order in which every rank runs its stages' forwards and backwards.
+
+    `num_stages` counts the stages of the model over all ranks, `chunks` those of one rank: 1, or 2
+    for the V and interleaved kinds (any number for interleaved ones). `num_ranks` follows from
+    them. `placement` gives the rank of each stage instead. Any number of microbatches will do.
+    Errors: UsageError for a kind that there is not, and for stages that do not fit.
+    """
+
+    def __init__(
+        self,
+        num_stages: int,
+        num_microbatches: int,
+        schedule_type: str | PipelineScheduleType = PipelineScheduleType.ONE_FORWARD_ONE_BACKWARD,
+        *,
+        num_ranks: int | None = None,
+        chunks: int | None = None,
+        placement: Sequence[int] | None = None,
+        group: int | None = None,
+        skips: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        kind = kind_of(schedule_type)
+        positive("num_stages", num_stages)
+        positive("num_microbatches", num_microbatches)
+        found, rows, replicas = make(
+            kind, num_stages, num_microbatches, num_ranks, chunks, placement, group
+        )
+        super().__init__(
+            num_stages,
+            num_microbatches,
+            found,
+            rows,
+            replicas=replicas,
+            skips=skips,
+            schedule_type=kind,
+        )
+
+
+def kind_of(schedule_type: str | PipelineScheduleType) -> str:
+    """The name of a kind of schedule; also its name in the enumeration. Errors: UsageError."""
+    if isinstance(schedule_type, PipelineScheduleType):
+        return schedule_type.value
+    name = schedule_type.lower().replace("_", "-") if isinstance(schedule_type, str) else ""
+    for kind in PipelineScheduleType:
+        if name in (kind.value, kind.name.lower().replace("_", "-")):
+            return kind.value
+    raise UsageError(
+        f"PipelineSchedule: argument 'schedule_type' is {schedule_type!r}; give one of "
+        f"{', '.join(kind.value for kind in PipelineScheduleType)}"
+    )
