@@ -16,7 +16,8 @@ STEP = np.dtype(
         ("give", "i8"),  # the token that this step makes, or -1
         ("duration", "f8"),
         ("latency", "f8"),  # from the step's end to the token's arrival
-        ("row", "i8"),  # the operation that this step is part of, or -1
+        ("row", "i8"),  # the row of the operation that this step is part of
+        ("main", "?"),  # whether it is the step that takes the operation's time
     ]
 )
 Steps = NDArray[Any]

@@ -129,6 +129,10 @@ class Operations(Sequence[PipelineOp]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def text_of(self, row: int) -> str:
+        """The text form of the operation, or part of a group, in this row of the array."""
+        return str(op_of(self.array[row].tolist()))
+
     def texts(self) -> Iterator[str]:
         """The text forms in order."""
         return (str(op) for op in self)

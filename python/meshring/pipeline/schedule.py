@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from typing import Any
 
 from meshring.errors import UsageError
+from meshring.pipeline.costs import costs_of
 from meshring.pipeline.program import Program, positive
 from meshring.pipeline.schedules import make
+from meshring.pipeline.semantics import Semantics
+from meshring.pipeline.simulate import simulate
+from meshring.pipeline.timeline import Timeline
 
 
 class PipelineScheduleType(str, Enum):
@@ -64,6 +69,17 @@ class PipelineSchedule(Program):
             skips=skips,
             schedule_type=kind,
         )
+
+    def simulate(
+        self, *, semantics: str | Semantics | None = None, unit: str = "", **costs: Any
+    ) -> Timeline:
+        """The Timeline of this schedule under a cost model; `costs` are the fields of Costs.
+
+        A schedule without sends is simulated with transfers that nothing holds up; after
+        `lower()`, with those of its semantics. Units: the caller's, named by `unit`.
+        Errors: UsageError for costs that are none, and for a schedule that cannot run.
+        """
+        return simulate(self, costs_of(costs), semantics, unit)
 
 
 def kind_of(schedule_type: str | PipelineScheduleType) -> str:
