@@ -46,13 +46,9 @@ class Edges:
             [program.placement[e.source] == program.placement[e.target] for e in self.all], bool
         )
         stages = len(program.placement)
-        self.into = (
-            _by_stage(self.all, stages, True, False),
-            _by_stage(self.all, stages, True, True),
-        )
-        self.out = (
-            _by_stage(self.all, stages, False, False),
-            _by_stage(self.all, stages, False, True),
+        self.into, self.out = (
+            tuple(_by_stage(self.all, stages, into, gradient) for gradient in (False, True))
+            for into in (True, False)
         )
 
     @property
@@ -87,24 +83,22 @@ def needs_and_gives(rows: Rows, edges: Edges) -> tuple[Ints, Ints, Ints]:
     column of the first and then of the second.
     """
     kinds = rows["kind"]
-    none = np.int64(-1)
     forward = np.isin(kinds, (OpKind.FORWARD, OpKind.OVERLAP_F_B))[:, None]
     backward = np.isin(kinds, COMES_BACK)[:, None]
     stage, batch = rows["stage"], rows["microbatch"]
-    tables = [(self_in, self_out) for self_in, self_out in zip(edges.into, edges.out, strict=True)]
     parts = []
-    for which in (0, 1):
-        (f, b) = (tables[0][which][stage], tables[1][which][stage])
+    for table in (edges.into, edges.out):
+        f, b = table[0][stage], table[1][stage]
         width = max(f.shape[1], b.shape[1])
         f, b = _wide(f, width), _wide(b, width)
-        parts.append(np.where(forward, f, np.where(backward, b, none)))
+        parts.append(np.where(forward, f, np.where(backward, b, -1)))
     take, feed = parts
     batches = np.repeat(batch[:, None], take.shape[1] + feed.shape[1], 1).astype(np.int64)
     paired = kinds == OpKind.OVERLAP_F_B
     if not paired.any():
         return take, feed, batches
     second = np.where(paired, rows["peer"], 0)
-    more = [np.where(paired[:, None], tables[1][which][second], none) for which in (0, 1)]
+    more = [np.where(paired[:, None], t[1][second], -1) for t in (edges.into, edges.out)]
     late = [np.repeat(rows["pair"][:, None], part.shape[1], 1) for part in more]
     cut = take.shape[1]
     batches = np.concatenate([batches[:, :cut], late[0], batches[:, cut:], late[1]], 1)

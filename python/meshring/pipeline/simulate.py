@@ -115,12 +115,12 @@ def _refuse_stuck(outcome: Outcome, steps: list[Steps], ranks: list[int], progra
 
 
 def peak_activations(program: Program) -> Ints:
-    """Most live activations of each rank, one for each stage and microbatch between F and B or W."""
+    """Most live activations of each rank: one per stage and microbatch, from F to B or W."""
     peaks = np.zeros(program.num_ranks, np.int64)
     for rank, rows in enumerate(program.rows):
         kinds = rows["kind"]
         born = np.isin(kinds, (OpKind.FORWARD, OpKind.OVERLAP_F_B)).astype(np.int64)
         freed = np.isin(kinds, (OpKind.BACKWARD, OpKind.BACKWARD_WEIGHT, OpKind.OVERLAP_F_B))
-        before = np.cumsum(freed) - freed
+        before: Ints = np.cumsum(freed) - freed
         peaks[rank] = (np.cumsum(born) - before).max(initial=0)
     return peaks
