@@ -45,6 +45,7 @@ PYTHON = {
     5.1: {"pipeline.operations", "pipeline.timeline_base"},
     5.2: {"pipeline.program", "pipeline.layout"},
     5.3: {"pipeline.schedules_line", "pipeline.schedules_loop", "pipeline.schedules_v"},
+    5.35: {"pipeline.schedules_block"},
     5.4: {"pipeline.schedules"},
     5.5: {"pipeline.costs", "pipeline.flow", "pipeline.semantics"},
     5.6: {"pipeline.transfers"},

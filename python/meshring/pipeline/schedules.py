@@ -9,6 +9,7 @@ from meshring.errors import UsageError
 from meshring.pipeline.layout import Layout, even_layout, placed_layout, rows_for
 from meshring.pipeline.operations import Rows
 from meshring.pipeline.program import positive
+from meshring.pipeline.schedules_block import v_half, v_min
 from meshring.pipeline.schedules_line import Order, gpipe, one_f_one_b, zb_h1, zb_h2
 from meshring.pipeline.schedules_loop import interleaved, looped_bfs
 from meshring.pipeline.schedules_v import dualpipe, dualpipe_v, zb_v
@@ -21,7 +22,12 @@ LINE: dict[str, Callable[[int, int], Order]] = {
     "zb-h2": zb_h2,
 }
 LOOP: dict[str, Callable[..., Order]] = {"interleaved-1f1b": interleaved, "looped-bfs": looped_bfs}
-FOLD: dict[str, Callable[[int, int], Order]] = {"zb-v": zb_v, "dualpipev": dualpipe_v}
+FOLD: dict[str, Callable[[int, int], Order]] = {
+    "zb-v": zb_v,
+    "v-half": v_half,
+    "v-min": v_min,
+    "dualpipev": dualpipe_v,
+}
 NAMES = (*LINE, *LOOP, *FOLD, "dualpipe")
 USUAL_CHUNKS = {"line": 1, "loop": 2, "fold": 2}
 
