@@ -16,9 +16,15 @@ from meshring.errors import (
     MeshringError,
     MismatchError,
     PeerLostError,
+    StageError,
     UsageError,
 )
 from meshring.local import run_local
+from meshring.pipeline.action import PipelineOp
+from meshring.pipeline.execute import Pipeline, PipelineResult, build_pipeline, run_pipeline
+from meshring.pipeline.schedule import PipelineSchedule, PipelineScheduleType
+from meshring.pipeline.stage import PipelineStage
+from meshring.pipeline.timeline import Timeline
 
 __version__ = "0.1.0"
 
@@ -29,9 +35,19 @@ __all__ = [
     "MeshringError",
     "MismatchError",
     "PeerLostError",
+    "Pipeline",
+    "PipelineOp",
+    "PipelineResult",
+    "PipelineSchedule",
+    "PipelineScheduleType",
+    "PipelineStage",
+    "StageError",
+    "Timeline",
     "UsageError",
     "Work",
     "__version__",
+    "build_pipeline",
     "init",
     "run_local",
+    "run_pipeline",
 ]

@@ -39,6 +39,13 @@ _CAUSE_OF = {
     OpKind.BACKWARD_INPUT: "gradient",
 }
 _FREES = (OpKind.BACKWARD, OpKind.BACKWARD_WEIGHT)  # ends the life of an activation
+_COST_NAMES = {
+    OpKind.FORWARD: "forward",
+    OpKind.BACKWARD: "backward",
+    OpKind.BACKWARD_INPUT: "backward_input",
+    OpKind.BACKWARD_WEIGHT: "backward_weight",
+    OpKind.RECOMPUTE: "recompute",
+}
 
 
 class TimelineBase:
@@ -201,6 +208,25 @@ class TimelineBase:
                 dead = np.searchsorted(freed, born, side="right")
                 peaks[rank] = (np.arange(1, born.size + 1) - dead).max()
         return peaks
+
+    def durations(self, num_stages: int | None = None) -> dict[str, list[float]]:
+        """The mean duration of each kind of operation per stage: what simulate() takes.
+
+        num_stages: of the model, where the schedule has two copies of each stage. A stage that has
+        no operation of a kind gets the mean over all stages.
+        """
+        rows, count = self._compute[0], num_stages or self.num_stages
+        found = {}
+        for kind, name in _COST_NAMES.items():
+            part = rows[rows["kind"] == kind]
+            if not part.size:
+                continue
+            stage, times = part["stage"] % count, part["end"] - part["start"]
+            number = np.bincount(stage, minlength=count)
+            total = np.bincount(stage, times, minlength=count)
+            mean = np.where(number > 0, total / np.maximum(number, 1), times.mean())
+            found[name] = mean.tolist()
+        return found
 
     def summary(self) -> dict[str, Any]:
         """The figures as plain Python values."""
