@@ -43,8 +43,8 @@ class Edges:
         self.all = [Edge(number, *edge) for number, edge in enumerate(both)]
         self.find = {(e.source, e.target, e.gradient): e.number for e in self.all}
         self.local = np.array(
-            [program.placement[e.source] == program.placement[e.target] for e in self.all], bool
-        )
+            [program.placement[e.source] == program.placement[e.target] for e in self.all] + [True]
+        )  # its last entry is for the edge -1 that is none
         stages = len(program.placement)
         self.into, self.out = (
             tuple(_by_stage(self.all, stages, into, gradient) for gradient in (False, True))

@@ -8,11 +8,13 @@ from typing import Any
 
 from meshring.errors import UsageError
 from meshring.pipeline.costs import costs_of
+from meshring.pipeline.lowering import lower
 from meshring.pipeline.program import Program, positive
 from meshring.pipeline.schedules import make
-from meshring.pipeline.semantics import Semantics
+from meshring.pipeline.semantics import Semantics, semantics_of
 from meshring.pipeline.simulate import simulate
 from meshring.pipeline.timeline import Timeline
+from meshring.pipeline.validate import Report, validate
 
 
 class PipelineScheduleType(str, Enum):
@@ -69,6 +71,27 @@ class PipelineSchedule(Program):
             skips=skips,
             schedule_type=kind,
         )
+
+    def lower(
+        self, semantics: str | Semantics = "rendezvous/pair", **costs: Any
+    ) -> PipelineSchedule:
+        """The schedule with its sends and receives, made for a backend's semantics.
+
+        They match by their order on each pair of ranks, without tags, and never deadlock.
+        `semantics` is sends, "buffered" or "rendezvous", and queues of transfers: one for each
+        ordered "pair" of ranks, one per "rank", or "one" for transfers and computing. `costs`, the
+        fields of Costs, say what to optimise for. Errors: UsageError.
+        """
+        return lower(self, semantics_of(semantics), costs_of(costs))
+
+    def validate(self, semantics: str | Semantics | None = None) -> Report:
+        """Check that it is complete, in order, matched and free of deadlocks.
+
+        Sends and receives are checked under `semantics`, else under those that the schedule was
+        lowered for, else under all. Errors: UsageError that lists what is wrong, with the cycle of
+        a deadlock: rank, operation, what it waits for.
+        """
+        return validate(self, semantics)
 
     def simulate(
         self, *, semantics: str | Semantics | None = None, unit: str = "", **costs: Any

@@ -83,7 +83,7 @@ class _Builder:
         self.numbers: dict[tuple[tuple[int, int], int], int] = {}
         self.places: dict[tuple[tuple[int, int], int, bool], Place] = {}
         if costs is None:
-            self.times = np.ones((2, len(self.edges.all))) * [[0.0], [0.0]]
+            self.times = np.zeros((2, len(self.edges.all) + 1))
         else:
             self.times = np.stack(edge_times(program, self.edges, costs))
 
@@ -210,10 +210,13 @@ def lowered_queues(
 
 
 def edge_times(program: Program, edges: Edges, costs: Costs) -> tuple[Floats, Floats]:
-    """Per edge its latency and the time that its data are on the wire; 0 within a rank."""
+    """Per edge its latency and the time that its data are on the wire; 0 within a rank.
+
+    Shapes: one more than there are edges; the last entry is for the edge -1 that is none.
+    """
     latency, per_byte = costs.wire(program)
     sizes = costs.sizes(program, "message_bytes")
-    times = np.zeros((2, len(edges.all)))
+    times = np.zeros((2, len(edges.all) + 1))
     for edge in edges.all:
         link = (program.placement[edge.source], program.placement[edge.target])
         if not edges.local[edge.number]:
