@@ -9,7 +9,7 @@ import numpy as np
 
 import meshring as mr
 
-WIDTH, LAYERS, CLASSES, RATE = 64, 16, 10, 0.5
+WIDTH, LAYERS, CLASSES, RATE = 64, 16, 10, 0.1
 
 
 class Layer:
@@ -127,16 +127,17 @@ def one_process(batches):
     return losses
 
 
-def digits(steps, rows):
-    """The batches of so many steps."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise SystemExit("this example needs scikit-learn: pip install scikit-learn") from None
-    x, labels = load_digits(return_X_y=True)
-    x = x / 16 - 0.3
-    starts = [i * rows % (len(x) - rows) for i in range(steps)]
-    return [(x[i : i + rows], labels[i : i + rows]) for i in starts]
+def digits(comm):
+    """The pictures, as rows of 64 numbers, and their labels; rank 0 loads them for all."""
+    x, labels = np.empty((1797, 64)), np.empty(1797, np.int64)
+    if comm.rank == 0:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise SystemExit("this example needs scikit-learn: pip install scikit-learn") from None
+        x[...], labels[...] = load_digits(return_X_y=True)
+        x /= 16
+    return comm.broadcast(x), comm.broadcast(labels)
 
 
 def main():
@@ -150,7 +151,9 @@ def main():
     args = parser.parse_args()
 
     comm = mr.init()
-    batches = digits(args.steps, args.batch)
+    x, labels = digits(comm)
+    starts = [i * args.batch % (len(x) - args.batch + 1) for i in range(args.steps)]
+    batches = [(x[i : i + args.batch], labels[i : i + args.batch]) for i in starts]
     losses = []
     with mr.build_pipeline(
         make_stage,

@@ -43,7 +43,11 @@ PYTHON = {
     3: {"communicator", "local"},
     5.0: {"pipeline.action", "pipeline.engine"},
     5.1: {"pipeline.operations", "pipeline.timeline_base"},
-    5.2: {"pipeline.program", "pipeline.layout"},
+    5.15: {"pipeline.picture", "pipeline.trace", "pipeline.stage"},
+    5.16: {"pipeline.picture_files", "pipeline.timeline_text"},
+    5.17: {"pipeline.timeline"},
+    5.2: {"pipeline.program", "pipeline.layout", "pipeline.links"},
+    5.25: {"pipeline.transform", "pipeline.copies", "pipeline.agree"},
     5.3: {"pipeline.schedules_line", "pipeline.schedules_loop", "pipeline.schedules_v"},
     5.35: {"pipeline.schedules_block"},
     5.4: {"pipeline.schedules"},
@@ -53,8 +57,11 @@ PYTHON = {
     5.7: {"pipeline.simulate", "pipeline.lowering"},
     5.75: {"pipeline.validate"},
     5.8: {"pipeline.schedule"},
+    5.82: {"pipeline.execute_rank", "pipeline.execute_record"},
+    5.85: {"pipeline.execute"},
     5.9: {"pipeline"},
-    7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
+    7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"}
+    | {"schedule_command"},
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Options:
     memory: float | None
     checkpoint: bool
     semantics: str | None
+    validate: bool
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,17 @@ def simulated(kind: str, options: Options) -> Run:
 def finished(
     schedule: PipelineSchedule, options: Options, chunks: int, costs: dict[str, Any]
 ) -> Run:
-    """Simulate a schedule with what the options add to it."""
+    """Check and simulate a schedule with what the options add to it."""
     if options.checkpoint:
         schedule = with_recomputation(schedule)
-    if options.semantics is not None:
-        schedule = schedule.lower(options.semantics)
-    return Run(schedule, schedule.simulate(**costs), chunks)
+    if options.semantics is not None and not schedule.is_lowered:
+        schedule = schedule.lower(options.semantics, **costs)
+    if options.validate:
+        report = str(schedule.validate(options.semantics))
+        click.echo(f"# {schedule.schedule_type}: complete, in order and matched")
+        click.echo("\n".join(f"#   {line}" for line in report.splitlines()))
+    semantics = options.semantics if schedule.is_lowered else None
+    return Run(schedule, schedule.simulate(semantics=semantics, **costs), chunks)
 
 
 def loaded(path: Path) -> PipelineSchedule:
@@ -110,12 +116,12 @@ def loaded(path: Path) -> PipelineSchedule:
 # ---------------------------------------------------------------- what is printed
 
 
-def heading(options: Options) -> str:
-    """The line above all tables: the sizes and the cost model."""
+def heading(options: Options, part: str = "a rank's part of the model") -> str:
+    """The line above all tables: the cost model."""
     return (
-        f"# {options.ranks} ranks, {options.microbatches} microbatches; for a rank's part of the "
-        f"model: forward {options.forward:g}, backward of input {options.backward_input:g}, of "
-        f"weights {options.backward_weight:g}; transfer {options.comm:g}"
+        f"# for {part}: forward {options.forward:g}, backward of input "
+        f"{options.backward_input:g}, of weights {options.backward_weight:g}; transfer "
+        f"{options.comm:g}"
     )
 
 
@@ -165,29 +171,14 @@ def compare_table(runs: Sequence[Run], refused: dict[str, str]) -> list[str]:
     return lines
 
 
-def verdicts(schedule: PipelineSchedule) -> list[str]:
-    """What validate() says: without transfers once, with them for each semantics."""
-    if not schedule.is_lowered:
-        schedule.validate()
-        return ["# valid; it has no sends and receives yet (--lower adds them)"]
-    lines = []
-    for semantics in SEMANTICS:
-        try:
-            schedule.validate(semantics=semantics)
-            lines.append(f"# {semantics!s:<16} runs")
-        except UsageError as error:
-            lines.append(f"# {semantics!s:<16} {error}")
-    return lines
-
-
-def show(run: Run, options: Options | None) -> None:
+def show(run: Run, head: str) -> None:
     """Print the table and the picture of one schedule."""
-    kind = run.schedule.schedule_type
+    schedule = run.schedule
     click.echo(
-        f"# {kind}: {run.schedule.num_stages} stages, {run.schedule.num_operations} operations"
+        f"# {schedule.schedule_type}: {schedule.num_stages} stages on {schedule.num_ranks} ranks, "
+        f"{schedule.num_microbatches} microbatches, {schedule.num_operations} operations"
     )
-    if options is not None:
-        click.echo(heading(options))
+    click.echo(head)
     for line in rank_table(run):
         click.echo(line)
     if run.timeline.events.size <= SMALL:
@@ -274,7 +265,9 @@ FILE = click.Path(path_type=Path)
 @click.option("--compare", multiple=True, metavar="KIND|all",
               help="Rank these schedules under one cost model.")  # fmt: skip
 @click.option("--load", type=FILE, help="A schedule of a .json or .csv file instead of a KIND.")
-@click.option("--validate", is_flag=True, help="Check it; print the cycle of a deadlock.")
+@click.option(
+    "--validate", is_flag=True, help="Check it, as --load does; print the cycle of a deadlock."
+)
 @click.option("--svg", type=FILE, help="Write the picture.")
 @click.option("--png", type=FILE, help="The same through matplotlib (meshring[plot]).")
 @click.option("--trace", type=FILE, help="Write trace events for ui.perfetto.dev.")
@@ -286,7 +279,6 @@ def command(
     microbatches: int,
     compare: tuple[str, ...],
     load: Path | None,
-    validate: bool,
     svg: Path | None,
     png: Path | None,
     trace: Path | None,
@@ -300,6 +292,8 @@ def command(
     each, the shortest first. Times are in any unit.
     """
     options = Options(ranks=stages, microbatches=microbatches, **rest)
+    if load is not None:
+        options = replace(options, validate=True)
     names = chosen_kinds(kinds, compare)
     paths = {"svg": svg, "png": png, "trace": trace, "json": json, "csv": csv}
     if bool(names) == (load is not None):
@@ -307,12 +301,8 @@ def command(
     check_files(len(names), **paths)
     try:
         runs = compared(names, options) if len(names) > 1 else [single(names, load, options)]
-        if validate:
-            for run in runs:
-                click.echo(f"# {run.schedule.schedule_type}")
-                click.echo("\n".join(verdicts(run.schedule)))
         if len(names) <= 1:
-            show(runs[0], options if names else None)
+            show(runs[0], heading(options) if names else heading(options, "a stage"))
     except UsageError as error:
         raise Refusal(str(error)) from None
     write_files(runs, **paths)
@@ -335,6 +325,7 @@ def compared(names: Sequence[str], options: Options) -> list[Run]:
             runs.append(simulated(name, options))
         except UsageError as error:
             refused[name] = str(error)
+    click.echo(f"# {options.ranks} ranks, {options.microbatches} microbatches")
     click.echo(heading(options))
     click.echo("\n".join(compare_table(runs, refused)))
     if not runs:

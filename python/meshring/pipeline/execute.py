@@ -16,7 +16,6 @@ from meshring.pipeline.execute_rank import RankPlan, RankRun
 from meshring.pipeline.execute_record import gathered_timeline
 from meshring.pipeline.links import Links
 from meshring.pipeline.operations import op_of
-from meshring.pipeline.program import Program
 from meshring.pipeline.schedule import PipelineSchedule, PipelineScheduleType, kind_of
 from meshring.pipeline.schedules import USUAL_CHUNKS, family_of
 from meshring.pipeline.stage import (
@@ -25,6 +24,7 @@ from meshring.pipeline.stage import (
     ValueSpec,
     cut,
     given_spec,
+    has_method,
     stages_by_number,
 )
 from meshring.pipeline.timeline import Timeline
@@ -77,7 +77,7 @@ class Pipeline:
 
     def __init__(
         self,
-        schedule: Program,
+        schedule: PipelineSchedule,
         stages: Any,
         comm: Communicator,
         *,
@@ -123,7 +123,7 @@ class Pipeline:
         plan, rank = self._plan, self.comm.rank
         if self._sums_copies:
             for stage, unit in plan.stages.items():
-                if not callable(getattr(unit, "gradients", None)):
+                if not has_method(unit, "gradients"):
                     raise UsageError(
                         f"Pipeline (rank {rank}): {self.schedule.schedule_type} trains two copies "
                         f"of each stage, and stage {stage} has no method gradients(); add it, so "
@@ -149,7 +149,7 @@ class Pipeline:
                 )
         for kind, stage, *_ in plan.rows:
             method = methods.get(OpKind(kind))
-            if method and not callable(getattr(plan.stages[stage], method, None)):
+            if method and not has_method(plan.stages[stage], method):
                 raise UsageError(
                     f"Pipeline (rank {rank}): the schedule has {OpKind(kind).code} of stage "
                     f"{stage}, which has no method {method}(); add it, or leave the operation out"
@@ -274,7 +274,7 @@ class Pipeline:
 
 
 def run_pipeline(
-    schedule: Program,
+    schedule: PipelineSchedule,
     stages: Any,
     comm: Communicator,
     inputs: Value | list[Value] | None = None,
@@ -323,14 +323,14 @@ def build_pipeline(
 
 
 def _prepared(
-    schedule: Program,
+    schedule: PipelineSchedule,
     comm: Communicator,
     gradient_checkpointing: bool,
     data_parallel: Communicator | None,
-) -> Program:
+) -> PipelineSchedule:
     """The schedule with what the options add to it, and with sends and receives."""
     where = f"Pipeline (rank {comm.rank}/{comm.size})"
-    if not isinstance(schedule, Program):
+    if not isinstance(schedule, PipelineSchedule):
         raise UsageError(
             f"{where}: argument 'schedule' is {type(schedule).__name__}; give a PipelineSchedule"
         )

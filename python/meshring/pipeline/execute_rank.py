@@ -13,7 +13,7 @@ from meshring.pipeline.action import OpKind
 from meshring.pipeline.links import Link, Links, Message
 from meshring.pipeline.operations import Rows
 from meshring.pipeline.program import Program
-from meshring.pipeline.stage import PipelineStage, Value, add_gradients
+from meshring.pipeline.stage import PipelineStage, Value, add_gradients, has_method
 from meshring.pipeline.timeline_base import COMPUTE, RECV, SEND
 
 Key = tuple[int, int]
@@ -34,6 +34,8 @@ class RankPlan:
         self.rank = rank
         self.stages = stages
         count = program.num_stages
+        self.whole = {s for s, unit in stages.items() if has_method(unit, "backward")}
+        self.split = {s for s, unit in stages.items() if has_method(unit, "backward_input")}
         self.first = {s for s in stages if s % count == 0}
         self.last = {s for s in stages if s % count == count - 1}
         self.sources: dict[int, list[int]] = {}
@@ -297,7 +299,7 @@ class RankRun:
         gradients = self._gradients(stage, microbatch)
         start, saved = _now(), self._saved.pop((stage, microbatch))
         unit: Any = self.plan.stages[stage]
-        if hasattr(unit, "backward"):
+        if stage in self.plan.whole:
             gradient = unit.backward(saved, *gradients)
         else:
             gradient, rest = _pair(stage, unit.backward_input(saved, *gradients))
@@ -309,7 +311,7 @@ class RankRun:
         gradients = self._gradients(stage, microbatch)
         start, key = _now(), (stage, microbatch)
         unit: Any = self.plan.stages[stage]
-        if hasattr(unit, "backward_input"):
+        if stage in self.plan.split:
             found = unit.backward_input(self._saved.pop(key), *gradients)
             gradient, self._rest[key] = _pair(stage, found)
         else:

@@ -217,6 +217,11 @@ def decode(numbers: Sequence[int]) -> ValueSpec:
     return ValueSpec(tuple(arrays), bool(is_tuple))
 
 
+def has_method(unit: Any, name: str) -> bool:
+    """Whether it has something of that name that can be called."""
+    return callable(getattr(unit, name, None))
+
+
 def stages_by_number(
     stages: Any, mine: Sequence[int], count: int, rank: int
 ) -> dict[int, PipelineStage]:
@@ -248,13 +253,13 @@ def stages_by_number(
                 f"Pipeline (rank {rank}): argument 'stages' lacks stage {number}; this rank holds "
                 f"{list(mine)}"
             )
-        for method in ("forward", "backward"):
-            if method == "backward" and hasattr(found[number], "backward_input"):
-                continue
-            if not callable(getattr(found[number], method, None)):
+        unit = found[number]
+        split = has_method(unit, "backward_input")
+        for method in ("forward", "backward_weight" if split else "backward"):
+            if not has_method(unit, method):
                 raise UsageError(
-                    f"Pipeline (rank {rank}): stage {number} is {type(found[number]).__name__}, "
-                    f"which has no method {method}(); see meshring.PipelineStage"
+                    f"Pipeline (rank {rank}): stage {number} is {type(unit).__name__}, which has "
+                    f"no method {method}(); see meshring.PipelineStage"
                 )
     return found
 

@@ -7,9 +7,11 @@ from os import PathLike
 from pathlib import Path
 
 from meshring.errors import UsageError
-from meshring.pipeline import picture, timeline_text, trace
+from meshring.pipeline.picture import draw
 from meshring.pipeline.picture_files import save_with_matplotlib, svg
 from meshring.pipeline.timeline_base import COMPUTE, EVENT, RECV, SEND, TimelineBase
+from meshring.pipeline.timeline_text import lines_of
+from meshring.pipeline.trace import write_trace
 
 __all__ = ["COMPUTE", "EVENT", "RECV", "SEND", "Timeline", "save_timelines"]
 
@@ -50,10 +52,10 @@ class Timeline(TimelineBase):
         gradient reduction, then the microbatch; small letters for every second stage of a rank;
         dots where the rank is idle. colour: with ANSI escape codes.
         """
-        return timeline_text.text(self, width, colour=colour)
+        return lines_of(self, width, colour=colour)
 
     def _repr_svg_(self) -> str:
-        return svg(picture.draw([self]))
+        return svg(draw([self]))
 
     def __str__(self) -> str:
         return self.text()
@@ -82,13 +84,13 @@ def save_timelines(
     if not timelines:
         raise UsageError("Timeline.save: there is no timeline; give at least one")
     if kind == "svg":
-        file.write_text(svg(picture.draw(timelines, width)), encoding="utf-8")
+        file.write_text(svg(draw(timelines, width)), encoding="utf-8")
     elif kind == "matplotlib":
-        save_with_matplotlib(picture.draw(timelines, width), file)
+        save_with_matplotlib(draw(timelines, width), file)
     elif kind == "trace":
         with file.open("w", encoding="utf-8") as out:
-            trace.write(timelines, out)
+            write_trace(timelines, out)
     else:
-        texts = [f"{t.title}\n{timeline_text.text(t)}\n" for t in timelines]
+        texts = [f"{t.title}\n{lines_of(t)}\n" for t in timelines]
         file.write_text("\n".join(texts), encoding="utf-8")
     return file

@@ -22,7 +22,7 @@ LETTERS = {
 MOST_ROWS = 64
 
 
-def text(timeline: TimelineBase, width: int = 100, *, colour: bool = False) -> str:
+def lines_of(timeline: TimelineBase, width: int = 100, *, colour: bool = False) -> str:
     """One line per rank: letter and microbatch of each operation, dots where the rank is idle.
 
     A letter is small for every second stage of a rank. With colour, ANSI escape codes.

@@ -15,7 +15,7 @@ _LANES = {COMPUTE: "compute", SEND: "send", RECV: "receive"}
 _ACTIVATIONS = (OpKind.SEND_ACTIVATION, OpKind.RECV_ACTIVATION)
 
 
-def write(timelines: Sequence[TimelineBase], file: TextIO) -> None:
+def write_trace(timelines: Sequence[TimelineBase], file: TextIO) -> None:
     """Write the timelines, each as one process whose threads are the ranks' lanes.
 
     Units: microseconds of the timeline's seconds; a timeline without a unit gets 1 ms for 1.
