@@ -54,6 +54,7 @@ PYTHON = {
     5.5: {"pipeline.costs", "pipeline.flow", "pipeline.semantics"},
     5.6: {"pipeline.transfers"},
     5.65: {"pipeline.linear", "pipeline.deadlock"},
+    5.66: {"pipeline.search"},
     5.7: {"pipeline.simulate", "pipeline.lowering"},
     5.75: {"pipeline.validate"},
     5.8: {"pipeline.schedule"},

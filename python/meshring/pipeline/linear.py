@@ -33,6 +33,12 @@ class Wiring:
             self.feeds.append(self._remote(feed, batches[:, width:]))
         ends = [(program.placement[e.source], program.placement[e.target]) for e in self.edges.all]
         self.ends = ends
+        self.made_by = {
+            transfer: (rank, row)
+            for rank, feeds in enumerate(self.feeds)
+            for row, made in enumerate(feeds)
+            for transfer in made
+        }
 
     def _remote(self, edge: Ints, batch: Ints) -> list[list[int]]:
         numbers = np.where(self.edges.local[edge], -1, edge * self.m + batch).tolist()

@@ -13,10 +13,13 @@ from meshring.pipeline.flow import Edges, Floats, compute_steps
 from meshring.pipeline.linear import Wiring, by_time, in_rounds, meeting, on_need
 from meshring.pipeline.operations import Rows, communicates
 from meshring.pipeline.program import P, Program
+from meshring.pipeline.search import BlockingSearch
 from meshring.pipeline.semantics import Semantics
 from meshring.pipeline.transfers import GRADIENTS, SENDS, edge_times, lowered_queues
 
 LARGE = 100_000  # operations above which only the first candidate is made
+SEARCHED = 4_000  # operations and transfers up to which orders are searched
+WIDTH = 16
 Candidate = Callable[[], list[Rows]]
 
 
@@ -76,6 +79,10 @@ def _candidates(
     yield lambda: by_time(wiring, starts, made + way)
     if blocking:
         unit = max((float(d.max()) for d in durations if d.size), default=0.0)
+        if semantics.sends == "rendezvous":
+            search = BlockingSearch(wiring, durations, latency + wire)
+            if search.size <= SEARCHED:
+                yield lambda: grouped(search.best(WIDTH))
         for part in (0.0, 0.25, 0.5, 1.0, -0.25):
             rows = meeting(wiring, durations, latency + wire, part * unit)
             yield lambda rows=rows: rows  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,25 +163,28 @@ class _Builder:
             self.queues[key] = steps
         home += ends
 
+    def places_of(self, rank: int, steps: list[tuple[Any, ...]]) -> list[int]:
+        """Where steps of transfers stand among a rank's rows: those of a group at its first."""
+        first = {
+            message.row: group[0].row for group in _groups(self.messages[rank]) for message in group
+        }
+        return [first[step[4]] for step in steps]
+
     def build(self, program: Program, durations: list[Floats]) -> Queues:
         for mine in self.messages:
-            start = 0
-            while start < len(mine):
-                end = start + 1
-                while mine[start].group >= 0 and _continues(mine, start, end):
-                    end += 1
-                if end - start > 1:
-                    self.group(mine[start:end])
+            for group in _groups(mine):
+                if len(group) > 1:
+                    self.group(group)
                 else:
-                    self.single(mine[start])
-                start = end
+                    self.single(group[0])
         for rank, rows in enumerate(program.rows):
             chosen = np.flatnonzero(~communicates(rows["kind"]))
             steps = compute_steps(rows, chosen, durations[rank], self.edges, None)
             more = self.queues.pop((rank, "one"), None)
             if more:
+                place = np.concatenate([steps["row"], self.places_of(rank, more)])
                 steps = np.concatenate([steps, np.array(more, STEP)])
-                steps = steps[np.argsort(steps["row"], kind="stable")]
+                steps = steps[np.argsort(place, kind="stable")]
             self.made.steps.append(steps)
             self.made.ranks.append(rank)
         for key, rest in self.queues.items():
@@ -193,13 +197,19 @@ class _Builder:
         return self.made
 
 
-def _continues(mine: list[Message], start: int, end: int) -> bool:
-    """Whether the message at `end` is in the group that begins at `start`."""
-    return (
-        end < len(mine)
-        and mine[end].group == mine[start].group
-        and mine[end].row == mine[end - 1].row + 1
-    )
+def _groups(mine: list[Message]) -> Iterator[list[Message]]:
+    """A rank's transfers, those that start together in one list."""
+    group: list[Message] = []
+    for message in mine:
+        last = group[-1] if group else None
+        if last and 0 <= message.group == last.group and message.row == last.row + 1:
+            group.append(message)
+            continue
+        if group:
+            yield group
+        group = [message]
+    if group:
+        yield group
 
 
 def lowered_queues(
