@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from pipeline_model import Dense, Whole, data, square_loss, without_pipeline
 
 import meshring as mr
 from meshring.pipeline.action import OpKind
 from meshring.pipeline.schedules import USUAL_CHUNKS, family_of
 from meshring.pipeline.timeline import COMPUTE, RECV, SEND
+from pipeline_model import Dense, Whole, data, square_loss, without_pipeline
 
 KINDS = [k.value for k in mr.PipelineScheduleType if k.value not in ("auto", "sequential")]
 TIMEOUT = 60.0
@@ -148,8 +149,8 @@ def test_rows_are_cut_unevenly_and_lists_are_taken_as_they_are() -> None:
     check(schedule_of("1f1b", 1, 5), model=Seen)
     assert sorted(sizes) == [4, 4, 5, 5, 5]
     edges = [0, 1, 8, 9, 23]
-    pieces = [x[i:j] for i, j in zip(edges, edges[1:], strict=False)]
-    goals = [target[i:j] for i, j in zip(edges, edges[1:], strict=False)]
+    pieces = [x[i:j] for i, j in pairwise(edges)]
+    goals = [target[i:j] for i, j in pairwise(edges)]
     schedule = schedule_of("1f1b", 2, 4)
 
     def program(comm: mr.Communicator) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline_model import Dense, data, square_loss
 
 import meshring as mr
 from meshring.pipeline.stage import ArraySpec, ValueSpec, decode, encode
+from pipeline_model import Dense, data, square_loss
 
 TIMEOUT = 60.0
 
