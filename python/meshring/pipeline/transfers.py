@@ -182,9 +182,9 @@ class _Builder:
             steps = compute_steps(rows, chosen, durations[rank], self.edges, None)
             more = self.queues.pop((rank, "one"), None)
             if more:
-                place = np.concatenate([steps["row"], self.places_of(rank, more)])
+                order = np.concatenate([steps["row"], self.places_of(rank, more)])
                 steps = np.concatenate([steps, np.array(more, STEP)])
-                steps = steps[np.argsort(place, kind="stable")]
+                steps = steps[np.argsort(order, kind="stable")]
             self.made.steps.append(steps)
             self.made.ranks.append(rank)
         for key, rest in self.queues.items():
