@@ -55,6 +55,7 @@ PYTHON = {
     5.6: {"pipeline.transfers"},
     5.65: {"pipeline.linear", "pipeline.deadlock"},
     5.66: {"pipeline.search"},
+    5.67: {"pipeline.stalls", "pipeline.footprint"},
     5.7: {"pipeline.simulate", "pipeline.lowering"},
     5.75: {"pipeline.validate"},
     5.8: {"pipeline.schedule"},

@@ -9,12 +9,16 @@ from meshring.pipeline.action import OpKind
 from meshring.pipeline.costs import Costs
 from meshring.pipeline.engine import Outcome, Steps, run
 from meshring.pipeline.flow import Edges, Floats, Ints, compute_steps
+from meshring.pipeline.footprint import peak_bytes
 from meshring.pipeline.operations import communicates
 from meshring.pipeline.program import Program
 from meshring.pipeline.semantics import Semantics, semantics_of
+from meshring.pipeline.stalls import idle_causes
 from meshring.pipeline.timeline import COMPUTE, EVENT, RECV, SEND, Timeline
 from meshring.pipeline.timeline_base import Events
-from meshring.pipeline.transfers import Queues, edge_times, lowered_queues
+from meshring.pipeline.transfers import SENDS, Place, edge_times, lowered_queues
+
+Times = list[tuple[Floats, Floats]]  # per rank, start and end of each row
 
 
 def simulate(
@@ -27,25 +31,32 @@ def simulate(
     other for ever; `validate` shows the cycle.
     """
     durations = costs.durations(program)
+    causes = None
     if program.is_lowered:
         how = semantics_of(semantics or program.semantics or "buffered/pair")
         queues = lowered_queues(program, how, durations, costs)
         outcome = run(queues.steps, queues.num_tokens)
-        _refuse_stuck(outcome, queues.steps, queues.ranks, program)
-        events = _lowered_events(program, queues, outcome)
+        times = _row_times(program, queues.steps, queues.ranks, outcome)
+        begun = _transfer_starts(times, queues.sender_of)
+        events = np.concatenate(
+            [_compute_events(program, times), _transfer_events(program, times, begun)]
+        )
+        causes = idle_causes(program, times, begun)
     else:
-        events = _ideal_events(program, costs, durations)
+        events = _compute_events(program, _ideal_times(program, costs, durations))
     return Timeline(
         program.num_ranks,
         events,
         num_stages=len(program.placement),
         title=program.schedule_type,
         unit=unit,
+        idle_causes=causes,
         peak_activations=peak_activations(program),
+        peak_bytes=peak_bytes(program, costs, events),
     )
 
 
-def _ideal_events(program: Program, costs: Costs, durations: list[Floats]) -> Events:
+def _ideal_times(program: Program, costs: Costs, durations: list[Floats]) -> Times:
     edges = Edges(program)
     latency, wire = edge_times(program, edges, costs)
     steps = [
@@ -53,54 +64,61 @@ def _ideal_events(program: Program, costs: Costs, durations: list[Floats]) -> Ev
         for rank, rows in enumerate(program.rows)
     ]
     outcome = run(steps, edges.num_tokens)
-    ranks = list(range(program.num_ranks))
+    return _row_times(program, steps, list(range(program.num_ranks)), outcome)
+
+
+def _row_times(program: Program, steps: list[Steps], ranks: list[int], outcome: Outcome) -> Times:
     _refuse_stuck(outcome, steps, ranks, program)
-    return np.concatenate(
-        [_compute_events(program, rank, steps[rank], outcome.starts[rank]) for rank in ranks]
-    )
+    times = [(np.zeros(len(rows)), np.zeros(len(rows))) for rows in program.rows]
+    for rank, queue, starts in zip(ranks, steps, outcome.starts, strict=True):
+        main = queue["main"]
+        row, start = queue["row"][main], starts[main]
+        times[rank][0][row] = start
+        times[rank][1][row] = start + queue["duration"][main]
+    return times
 
 
-def _compute_events(program: Program, rank: int, steps: Steps, starts: Floats) -> Events:
-    """The events of one queue's operations that compute; an overlapped pair gives two."""
-    main = steps["main"]
-    picked, begin = steps[main], starts[main]
-    rows = program.rows[rank][picked["row"]]
-    keep = ~communicates(rows["kind"])
-    picked, begin, rows = picked[keep], begin[keep], rows[keep]
-    events = np.zeros(len(rows), EVENT)
-    events["rank"], events["lane"], events["peer"] = rank, COMPUTE, -1
-    for name in ("kind", "stage", "microbatch"):
-        events[name] = rows[name]
-    events["start"], events["end"] = begin, begin + picked["duration"]
-    paired = rows["kind"] == OpKind.OVERLAP_F_B
-    if not paired.any():
-        return events
-    second = events[paired]
-    events["kind"][paired] = OpKind.FORWARD
-    second["kind"] = OpKind.BACKWARD
-    second["stage"], second["microbatch"] = rows["peer"][paired], rows["pair"][paired]
-    return np.insert(events, np.flatnonzero(paired) + 1, second)
+def _transfer_starts(times: Times, sender_of: dict[Place, Place]) -> dict[Place, float]:
+    """For each receive, when its data set out."""
+    return {
+        receive: min(float(times[send[0]][0][send[1]]), float(times[receive[0]][1][receive[1]]))
+        for receive, send in sender_of.items()
+    }
 
 
-def _lowered_events(program: Program, queues: Queues, outcome: Outcome) -> Events:
-    parts, begun = [], {}
-    ends: dict[tuple[int, int], float] = {}
-    for rank, steps, starts in zip(queues.ranks, queues.steps, outcome.starts, strict=True):
-        parts.append(_compute_events(program, rank, steps, starts))
-        main = steps["main"] & communicates(program.rows[rank]["kind"])[steps["row"]]
-        times = zip(steps[main].tolist(), starts[main].tolist(), strict=True)
-        for (_, _, duration, _, row, _), start in times:
-            begun[rank, row] = start
-            ends[rank, row] = start + duration
+def _compute_events(program: Program, times: Times) -> Events:
+    """The events of the operations that compute; an overlapped pair gives two."""
+    parts = []
+    for rank, (rows, (start, end)) in enumerate(zip(program.rows, times, strict=True)):
+        chosen = np.flatnonzero(~communicates(rows["kind"]))
+        rows = rows[chosen]
+        events = np.zeros(len(rows), EVENT)
+        events["rank"], events["lane"], events["peer"] = rank, COMPUTE, -1
+        for name in ("kind", "stage", "microbatch"):
+            events[name] = rows[name]
+        events["start"], events["end"] = start[chosen], end[chosen]
+        paired = rows["kind"] == OpKind.OVERLAP_F_B
+        if paired.any():
+            second = events[paired]
+            events["kind"][paired] = OpKind.FORWARD
+            second["kind"] = OpKind.BACKWARD
+            second["stage"], second["microbatch"] = rows["peer"][paired], rows["pair"][paired]
+            events = np.insert(events, np.flatnonzero(paired) + 1, second)
+        parts.append(events)
+    return np.concatenate(parts)
+
+
+def _transfer_events(program: Program, times: Times, begun: dict[Place, float]) -> Events:
     rows = []
-    for (rank, row), end in ends.items():
-        kind, stage, batch, peer, _ = program.rows[rank][row].tolist()
-        send = kind in (OpKind.SEND_ACTIVATION, OpKind.SEND_GRADIENT)
-        start = begun[rank, row]
-        if not send:
-            start = min(begun[queues.sender_of[rank, row]], end)
-        rows.append((rank, kind, stage, batch, peer, start, end, SEND if send else RECV))
-    return np.concatenate([*parts, np.array(sorted(rows), EVENT)])
+    for rank, ops in enumerate(program.rows):
+        start, end = times[rank]
+        chosen = np.flatnonzero(communicates(ops["kind"]))
+        for row, values in zip(chosen.tolist(), ops[chosen].tolist(), strict=True):
+            kind, stage, batch, peer, _ = values
+            lane = SEND if kind in SENDS else RECV
+            first = begun.get((rank, row), start[row])
+            rows.append((rank, kind, stage, batch, peer, first, end[row], lane))
+    return np.array(rows, EVENT)
 
 
 def _refuse_stuck(outcome: Outcome, steps: list[Steps], ranks: list[int], program: Program) -> None:
