@@ -180,6 +180,7 @@ def main():
         if args.svg:
             measured = result.timeline
             simulated = schedule.simulate(unit="s", **measured.durations(schedule.num_stages))
+            simulated.title += ", simulated"
             measured.save(args.svg, beside=[simulated])
         if worst > 1e-6:
             raise SystemExit("the losses differ")

@@ -70,7 +70,9 @@ class Pipeline:
     microbatch; without it the first run sends headers in front. With dynamic_shapes=True every run
     does. gradient_checkpointing: keep a stage's input only, and run its forward again in front of
     its backward. data_parallel: a communicator of the ranks that hold the same stages; their
-    `gradients()` are reduced with reduce_op while later operations run.
+    `gradients()` are reduced with reduce_op while later operations run. semantics: what a schedule
+    without sends and receives is lowered for; transfers run beside the stages, in the order of each
+    pair of ranks.
     Units: none. Errors: UsageError. Source: torch.distributed.pipelining, GPipe (Huang et al.,
     2019).
     """
@@ -87,6 +89,7 @@ class Pipeline:
         gradient_checkpointing: bool = False,
         data_parallel: Communicator | None = None,
         reduce_op: str = "mean",
+        semantics: str = "rendezvous/pair",
     ) -> None:
         self.comm = comm
         self._loss = loss
@@ -97,7 +100,9 @@ class Pipeline:
         self._own_data: Communicator | None = None
         failure: Exception | None = None
         try:
-            self.schedule = _prepared(schedule, comm, gradient_checkpointing, data_parallel)
+            self.schedule = _prepared(
+                schedule, comm, gradient_checkpointing, data_parallel, semantics
+            )
             mine = self.schedule.stages_of(comm.rank)
             found = stages_by_number(stages, mine, self.schedule.num_stages, comm.rank)
             self._plan = RankPlan(self.schedule, comm.rank, found)
@@ -327,6 +332,7 @@ def _prepared(
     comm: Communicator,
     gradient_checkpointing: bool,
     data_parallel: Communicator | None,
+    semantics: str,
 ) -> PipelineSchedule:
     """The schedule with what the options add to it, and with sends and receives."""
     where = f"Pipeline (rank {comm.rank}/{comm.size})"
@@ -344,4 +350,4 @@ def _prepared(
     if data_parallel is not None:
         schedule = with_gradient_reduction(schedule)
     lowered = schedule.semantics is not None or schedule.is_lowered
-    return schedule if lowered else schedule.lower()
+    return schedule if lowered else schedule.lower(semantics)

@@ -24,15 +24,30 @@ def svg(drawing: Drawing) -> str:
         "<rect width='100%' height='100%' fill='#ffffff'/>",
     ]
     for colour, boxes in _merged(drawing.boxes):
-        path = "".join(
-            f"M{x:g} {y:g}h{w:g}v{h:g}h{-w:g}z" for x, y, w, h in boxes.round(2).tolist()
-        )
-        out.append(f"<path fill='{colour}' d='{path}'/>")
+        out += _svg_rows(colour, boxes)
     for colour, lines in drawing.lines:
         path = "".join(f"M{a:g} {b:g}L{c:g} {d:g}" for a, b, c, d in lines.round(2).tolist())
         out.append(f"<path stroke='{colour}' fill='none' d='{path}'/>")
     out += [_svg_word(word) for word in drawing.words]
     return "\n".join([*out, "</svg>\n"])
+
+
+def _svg_rows(colour: str, boxes: Floats) -> list[str]:
+    """Boxes of one colour, those of one row and height as pieces of one thick line."""
+    found = []
+    boxes = boxes[np.lexsort((boxes[:, 0], boxes[:, 3], boxes[:, 1]))]
+    change = np.flatnonzero((boxes[1:, 1] != boxes[:-1, 1]) | (boxes[1:, 3] != boxes[:-1, 3]))
+    for row in np.split(boxes, change + 1):
+        y, height = row[0, 1], row[0, 3]
+        start, end = row[:, 0].round(2), (row[:, 0] + row[:, 2]).round(2)
+        skip = (start - np.concatenate([[0.0], end[:-1]])).round(2).tolist()
+        width = (end - start).round(2).tolist()
+        pieces = "".join(f"m{a:g} 0h{w:g}" for a, w in zip(skip, width, strict=True))
+        found.append(
+            f"<path stroke='{colour}' stroke-width='{height:.4g}' d='M0 {y + height / 2:.6g}"
+            f"{pieces}'/>"
+        )
+    return found
 
 
 def _svg_word(word: Word) -> str:

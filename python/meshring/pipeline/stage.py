@@ -231,7 +231,7 @@ def stages_by_number(
     """
     if isinstance(stages, Mapping):
         found = {number: stages[number] for number in mine if number in stages}
-    elif hasattr(stages, "forward"):
+    elif hasattr(stages, "forward") and not isinstance(stages, type):
         found = {mine[0]: stages} if mine else {}
     elif isinstance(stages, Sequence):
         if len(stages) != len(mine):
