@@ -148,6 +148,11 @@ class Returns:
         ((np.zeros(3), None), np.zeros(2), "gradient is float64 (2,), and the value is float64"),
         ((np.zeros(3), None), np.zeros((4, 6), "f4"), "return a gradient of the same shape and"),
         ((np.zeros(3), None), 7, "the gradient is int (), and"),
+        (
+            (np.zeros(3), None),
+            None,
+            "1B0 failed with meshring.errors.UsageError: the gradient of float64 (4, 6) is None",
+        ),
         ((np.zeros(3), None, {5: 1}), None, "returned values for the stages [5]"),
     ],
 )
@@ -179,6 +184,8 @@ def test_wrong_arguments_of_one_rank_are_told_to_all() -> None:
         with mr.Pipeline(schedule, make, comm, loss=square_loss) as pipeline:
             with pytest.raises(mr.UsageError, match="'inputs'"):
                 pipeline.run(targets=TARGET)
+            with pytest.raises(mr.UsageError, match="'timeout' is -1"):
+                pipeline.run(X, TARGET, timeout=-1)
             assert pipeline.run(X, TARGET) is not None, "it is still usable"
             pipeline.run([X], TARGET)
 
@@ -196,6 +203,10 @@ def test_wrong_arguments_of_one_rank_are_told_to_all() -> None:
         ({"stages": object()}, "argument 'stages' is object"),
         ({"stages": lambda n, c: object()}, "which has no method forward()"),
         ({"loss": None}, "argument 'loss' is missing"),
+        ({"loss": 5}, "argument 'loss' is int"),
+        ({"reduce_op": "max"}, "argument 'reduce_op' is 'max'"),
+        ({"data_parallel": 3}, "argument 'data_parallel' is int; give a Communicator"),
+        ({"semantics": "maybe"}, "argument 'semantics' is 'maybe'"),
         ({"shapes": {0: "wide"}}, "argument 'shapes' has 'wide'"),
         (
             {"schedule": mr.PipelineSchedule(2, 2, "dualpipe")},
@@ -241,6 +252,16 @@ def test_bad_arguments(change: dict[str, Any], words: str) -> None:
     errors = errors_of(program, 2)
     assert all(isinstance(error, mr.UsageError) for error in errors)
     assert any(words in str(error) for error in errors), errors
+
+
+def test_a_gradient_within_a_rank_is_checked_too() -> None:
+    def program(comm: mr.Communicator) -> None:
+        stages = [Dense(0), Returns((X, None), np.zeros(3))]
+        schedule = mr.PipelineSchedule(2, 1, num_ranks=1)
+        mr.run_pipeline(schedule, stages, comm, X, TARGET, loss=square_loss)
+
+    (error,) = errors_of(program, 1)
+    assert "1B0 failed with" in str(error) and "gradient is float64 (3,)" in str(error)
 
 
 def test_different_schedules_are_noticed() -> None:

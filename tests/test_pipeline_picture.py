@@ -177,5 +177,7 @@ def test_notebooks_get_svg() -> None:
 def test_unknown_suffixes_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(mr.UsageError, match=r"\.svg, \.png"):
         timeline(2, 2).save(tmp_path / name)
+    with pytest.raises(mr.UsageError, match="is no directory; create it"):
+        timeline(2, 2).save(tmp_path / "no" / "a.svg")
     with pytest.raises(mr.UsageError, match="width"):
         timeline(2, 2).save(tmp_path / "a.svg", width=1)

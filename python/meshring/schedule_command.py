@@ -17,6 +17,7 @@ from meshring.pipeline.schedule import PipelineSchedule, PipelineScheduleType
 from meshring.pipeline.schedules import USUAL_CHUNKS, family_of
 from meshring.pipeline.semantics import ALL as SEMANTICS
 from meshring.pipeline.timeline import Timeline, save_timelines
+from meshring.pipeline.timeline_text import MOST_ROWS
 from meshring.pipeline.transform import with_recomputation
 
 KINDS = tuple(kind.value for kind in PipelineScheduleType)
@@ -134,7 +135,8 @@ def rank_table(run: Run) -> list[str]:
         f"#{'rank':>5}  {'stages':<14}{'busy':>10}{'idle':>10}{'idle %':>8}{names}"
         f"{'live activations':>18}"
     ]
-    for rank in range(timeline.num_ranks):
+    step = -(-timeline.num_ranks // MOST_ROWS)
+    for rank in range(0, timeline.num_ranks, step):
         stages = ",".join(map(str, run.schedule.stages_of(rank)))
         part = timeline.idle[rank] / timeline.makespan if timeline.makespan else 0.0
         waits = "".join(f"{times[rank]:>12.4g}" for times in causes.values())
@@ -142,7 +144,7 @@ def rank_table(run: Run) -> list[str]:
             f"{rank:>6}  {stages:<14}{timeline.busy[rank]:>10.5g}{timeline.idle[rank]:>10.4g}"
             f"{part:>8.1%}{waits}{timeline.peak_activations[rank]:>18}"
         )
-    return lines
+    return lines if step == 1 else [*lines, f"# every {step}th of {timeline.num_ranks} ranks"]
 
 
 def compare_table(runs: Sequence[Run], refused: dict[str, str]) -> list[str]:

@@ -91,6 +91,12 @@ class Pipeline:
         reduce_op: str = "mean",
         semantics: str = "rendezvous/pair",
     ) -> None:
+        for name, given in (("comm", comm), ("data_parallel", data_parallel)):
+            if not isinstance(given, Communicator) and (name == "comm" or given is not None):
+                raise UsageError(
+                    f"Pipeline: argument {name!r} is {type(given).__name__}; give a Communicator, "
+                    "from meshring.init() or split()"
+                )
         self.comm = comm
         self._loss = loss
         self._reduce_op = reduce_op
@@ -126,6 +132,16 @@ class Pipeline:
 
     def _check(self, data_parallel: Communicator | None) -> None:
         plan, rank = self._plan, self.comm.rank
+        if self._reduce_op not in ("sum", "mean"):
+            raise UsageError(
+                f"Pipeline (rank {rank}): argument 'reduce_op' is {self._reduce_op!r}; give 'sum' "
+                "or 'mean'"
+            )
+        if self._loss is not None and not callable(self._loss):
+            raise UsageError(
+                f"Pipeline (rank {rank}): argument 'loss' is {type(self._loss).__name__}; give a "
+                "function (y, target) -> (value, gradient of y)"
+            )
         if self._sums_copies:
             for stage, unit in plan.stages.items():
                 if not has_method(unit, "gradients"):
@@ -199,6 +215,7 @@ class Pipeline:
         plan, count = self._plan, self.schedule.num_microbatches
         failure: Exception | None = None
         try:
+            check_timeout(timeout)
             x = self._cut("inputs", inputs, count) if plan.first else None
             has_targets = bool(plan.last) and targets is not None
             goals = self._cut("targets", targets, count) if has_targets else None
@@ -325,6 +342,15 @@ def build_pipeline(
         num_stages = comm.size * USUAL_CHUNKS[family_of(kind_of(schedule_type))]
     schedule = PipelineSchedule(num_stages, num_microbatches, schedule_type, num_ranks=comm.size)
     return Pipeline(schedule, stages, comm, **options)
+
+
+def check_timeout(timeout: Any) -> None:
+    """Refuse what is no duration. Errors: UsageError."""
+    if timeout is None or (isinstance(timeout, (int, float)) and timeout >= 0):
+        return
+    raise UsageError(
+        f"Pipeline.run: argument 'timeout' is {timeout!r}; give seconds >= 0, or leave it out"
+    )
 
 
 def _prepared(

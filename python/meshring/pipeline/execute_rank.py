@@ -13,7 +13,14 @@ from meshring.pipeline.action import OpKind
 from meshring.pipeline.links import Link, Links, Message
 from meshring.pipeline.operations import Rows
 from meshring.pipeline.program import Program
-from meshring.pipeline.stage import PipelineStage, Value, add_gradients, has_method
+from meshring.pipeline.stage import (
+    PipelineStage,
+    Value,
+    add_gradients,
+    full_gradient,
+    gradient_arrays,
+    has_method,
+)
 from meshring.pipeline.timeline_base import COMPUTE, RECV, SEND
 
 Key = tuple[int, int]
@@ -152,7 +159,13 @@ class RankRun:
         """Hand a value on: to a stage of this rank now, else when its turn to be sent comes."""
         here, there = (link[1], link[0]) if gradient else (link[0], link[1])
         rank = self.plan.placement[there]
+        if gradient:
+            value = gradient_arrays(self.links.specs[link], value)
+        else:
+            self.links.learn(link, value)
         if rank == self.plan.rank:
+            if gradient:
+                value = full_gradient(self.links.specs[link], value)
             self._local[link, gradient] = value
             return
         self._outgoing[here, there, link[2]] = value
@@ -216,10 +229,7 @@ class RankRun:
         self._record(OpKind.FORWARD, stage, microbatch, -1, start, COMPUTE)
         for target in plan.targets[stage]:
             value = y if skips is None or target == stage + 1 else skips[target]
-            link = (stage, target, microbatch)
-            if plan.placement[target] == plan.rank:
-                self.links.learn(link, value)
-            self._give(link, False, value)
+            self._give((stage, target, microbatch), False, value)
 
     def _call_forward(
         self, stage: int, arguments: tuple[Value, ...]

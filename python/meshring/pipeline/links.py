@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from meshring.pipeline.stage import (
     decode,
     encode,
     full_gradient,
-    gradient_arrays,
     gradient_spec,
     spec_of,
 )
@@ -63,10 +62,11 @@ class Links:
         self.given = given
         self.specs: dict[Link, ValueSpec] = {}
         self.timeout: float | None = None
+        self._announced: set[Link] = set()
         self._sends: deque[Any] = deque()
         self._queues: dict[int, deque[Message]] = {}
 
-    def learn(self, link: Link, value: Value) -> ValueSpec:
+    def learn(self, link: Link, value: Value) -> None:
         """Remember of what a value consists, and check it against what is known.
 
         Errors: UsageError where it changed.
@@ -74,7 +74,7 @@ class Links:
         spec = spec_of(value)
         if self.dynamic:
             self.specs[link] = spec
-            return spec
+            return
         known = self.specs.setdefault(link, self.given(link[0], link[2]) or spec)
         if known != spec:
             raise UsageError(
@@ -82,26 +82,24 @@ class Links:
                 f"{known} before or by 'shapes'; keep the shapes, or make the Pipeline with "
                 "dynamic_shapes=True"
             )
-        return spec
 
     # ------------------------------------------------------------ sends
 
     def send_activation(self, link: Link, value: Value) -> None:
-        """Start sending a result to a later stage."""
+        """Start sending a learned result to a later stage, with a header where that is needed."""
         peer = self.placement[link[1]]
-        known = not self.dynamic and (link in self.specs or self.given(link[0], link[2]))
-        spec = self.learn(link, value)
-        if not known:
-            for head in encode(spec):
+        if self.dynamic or (link not in self._announced and not self.given(link[0], link[2])):
+            self._announced.add(link)
+            for head in encode(self.specs[link]):
                 self._sends.append(self.comm.isend(head, peer))
-        for array in arrays_of(value):
-            self._sends.append(self.comm.isend(array, peer))
-        self._forget_finished()
+        self._send(arrays_of(value), peer)
 
-    def send_gradient(self, link: Link, gradient: Value) -> None:
+    def send_gradient(self, link: Link, arrays: Sequence[Any]) -> None:
         """Start sending the gradient of a value back to where it came from."""
-        peer = self.placement[link[0]]
-        for array in gradient_arrays(self.specs[link], gradient):
+        self._send(arrays, self.placement[link[0]])
+
+    def _send(self, arrays: Sequence[Any], peer: int) -> None:
+        for array in arrays:
             self._sends.append(self.comm.isend(array, peer))
         self._forget_finished()
 

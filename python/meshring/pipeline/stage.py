@@ -145,13 +145,15 @@ def gradient_spec(spec: ValueSpec) -> ValueSpec:
 
 
 def gradient_arrays(spec: ValueSpec, gradient: Value) -> list[Any]:
-    """The arrays of a gradient for a value of that spec, None filled by zeros.
+    """The arrays of a gradient for a value of that spec; zeros for a None in a tuple.
 
     Errors: UsageError where it does not fit.
     """
-    parts = gradient if spec.is_tuple and gradient is not None else (gradient,)
     if gradient is None:
-        parts = (None,) * len(spec.arrays)
+        if not any(array.has_gradient for array in spec.arrays):
+            return []
+        raise UsageError(f"the gradient of {spec} is None; return an array of that shape and dtype")
+    parts = gradient if spec.is_tuple else (gradient,)
     if not isinstance(parts, tuple) or len(parts) != len(spec.arrays):
         count = len(parts) if isinstance(parts, tuple) else type(parts).__name__
         raise UsageError(

@@ -81,6 +81,11 @@ def save_timelines(
         )
     if not 400 <= width <= 20000:
         raise UsageError(f"Timeline.save: argument 'width' is {width!r}; give 400 to 20000 pixels")
+    if not file.absolute().parent.is_dir():
+        raise UsageError(
+            f"Timeline.save: argument 'path' is {str(path)!r}, and {file.parent} is no directory; "
+            "create it first"
+        )
     if not timelines:
         raise UsageError("Timeline.save: there is no timeline; give at least one")
     if kind == "svg":
