@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import meshring as mr
 from meshring.pipeline.action import OpKind
 from meshring.pipeline.schedules import USUAL_CHUNKS, family_of
+from meshring.pipeline.semantics import ALL
 from meshring.pipeline.timeline import COMPUTE, RECV, SEND
 from pipeline_model import Dense, Whole, data, square_loss, without_pipeline
 
+SEMANTICS = [str(s) for s in ALL]
 KINDS = [k.value for k in mr.PipelineScheduleType if k.value not in ("auto", "sequential")]
 TIMEOUT = 60.0
 
@@ -114,6 +118,25 @@ def test_a_schedule_read_from_a_file_runs() -> None:
     lowered = schedule_of("zb-v", 2, 4).lower()
     check(mr.PipelineSchedule.from_csv(lowered.to_csv()))
     check(mr.PipelineSchedule.from_json(lowered.to_json()), gradient_checkpointing=True)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_any_combination(draw: st.DataObject) -> None:
+    kind = draw.draw(st.sampled_from(KINDS))
+    ranks = draw.draw(st.integers(1, 4))
+    stages = draw.draw(st.integers(ranks, ranks * USUAL_CHUNKS[family_of(kind)] + 2))
+    microbatches = draw.draw(st.integers(1, 9))
+    schedule = mr.PipelineSchedule(stages, microbatches, kind, num_ranks=ranks)
+    check(
+        schedule,
+        rows=draw.draw(st.sampled_from([9, 10, 23, 1400])) + microbatches,
+        model=draw.draw(st.sampled_from([Dense, Whole])),
+        gradient_checkpointing=draw.draw(st.booleans()),
+        dynamic_shapes=draw.draw(st.booleans()),
+        semantics=draw.draw(st.sampled_from(SEMANTICS)),
+        runs=draw.draw(st.integers(1, 2)),
+    )
 
 
 def test_the_timeline_is_that_of_all_ranks_on_one_clock() -> None:

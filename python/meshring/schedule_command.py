@@ -244,7 +244,17 @@ def number(least: float) -> Callable[[click.Context, click.Parameter, Any], Any]
 FILE = click.Path(path_type=Path)
 
 
-@click.command(name="schedule")
+@click.command(
+    name="schedule",
+    help=f"""Simulate, draw, check and compare pipeline schedules.
+
+    With one KIND: a table of the ranks and the picture. With several, or --compare: one line for
+    each, the shortest first. Times are in any unit.
+
+    Kinds: {", ".join(KINDS)}.
+    """,
+    short_help="Simulate, draw, check and compare pipeline schedules.",
+)
 @click.argument("kinds", nargs=-1, metavar="[KIND]...")
 @click.option("-s", "--stages", type=int, default=4, show_default=True, callback=number(1),
               help="How many ranks the model is cut over.")  # fmt: skip
@@ -288,11 +298,7 @@ def command(
     csv: Path | None,
     **rest: Any,
 ) -> None:
-    """Simulate, draw and compare pipeline schedules.
-
-    With one KIND: a table of the ranks and the picture. With several, or --compare: one line for
-    each, the shortest first. Times are in any unit.
-    """
+    """Simulate, draw, check and compare pipeline schedules."""
     options = Options(ranks=stages, microbatches=microbatches, **rest)
     if load is not None:
         options = replace(options, validate=True)
