@@ -180,6 +180,36 @@ def test_data_parallel_gradients_are_reduced_while_others_run() -> None:
         assert count == 2
 
 
+def test_operations_on_parameters_run_where_the_schedule_has_them() -> None:
+    class Logged(Dense):
+        def unshard(self) -> None:
+            self.calls.append("unshard")
+
+        def reshard(self) -> None:
+            self.calls.append("reshard")
+
+        def gradients(self) -> list[Any]:
+            self.calls.append("gradients")
+            return super().gradients()
+
+    schedule = mr.PipelineSchedule.from_ops(
+        [["0UNSHARD", "0F0", "0F1", "0R0", "0B0", "0B1", "0REDUCE_GRAD", "0RESHARD"]]
+    )
+    x, target = data(4)
+
+    def program(comm: mr.Communicator) -> Any:
+        stage = Logged(0)
+        options = {"loss": square_loss, "data_parallel": comm}
+        result = mr.run_pipeline(schedule, stage, comm, x, target, record=True, **options)
+        return stage.calls, result.timeline.events["kind"].tolist()
+
+    ((calls, kinds),) = mr.run_local(program, 1, timeout=TIMEOUT)
+    both = ["backward_input", "backward_weight"]
+    middle = ["forward", "forward", "forward", *both, *both]
+    assert calls == ["unshard", *middle, "gradients", "reshard"]
+    assert kinds == [10, 0, 0, 8, 1, 1, 11, 9], "the reduction ends last"
+
+
 def test_shapes_are_given_or_learned_or_sent_every_time() -> None:
     schedule = mr.PipelineSchedule(2, 2)
     x, target = data(8)
