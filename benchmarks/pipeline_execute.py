@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import time
 from pathlib import Path
@@ -20,8 +22,10 @@ from typing import Any
 import numpy as np
 
 import meshring as mr
+from meshring.doctor import cpu_model, usable_cores
 
 MICROBATCHES = 256
+SIZES = ((1, 1), (1, 4), (2, 2), (4, 4))  # ranks and stages of the own cost
 
 
 class Idle:
@@ -116,7 +120,16 @@ def main() -> None:
     parser.add_argument("--sleep", type=float, default=0.05, help="seconds of a forward")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    costs = [own_cost(1, 1, args.rounds), own_cost(1, 4, args.rounds), own_cost(2, 2, args.rounds)]
+    machine = {
+        "cpu_model": cpu_model(),
+        "cores_usable": usable_cores(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "meshring": mr.__version__,
+    }
+    print(json.dumps(machine))
+    costs = [own_cost(ranks, stages, args.rounds) for ranks, stages in SIZES]
     print("ranks actions  us/action  of which own   (limit 50)")
     for row in costs:
         times = f"{row['us_per_action']:10.1f} {row['us_own']:13.1f}"
@@ -132,7 +145,8 @@ def main() -> None:
             f"{row['ratio']:8.3f}{row['makespan_ratio']:14.3f}"
         )
     if args.json:
-        args.json.write_text(json.dumps({"own_cost": costs, "bubble": bubbles}, indent=1))
+        found = {"machine": machine, "own_cost": costs, "bubble": bubbles}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
