@@ -270,8 +270,15 @@ def test_different_schedules_are_noticed() -> None:
         mr.Pipeline(mr.PipelineSchedule(3, 4, kind), make, comm, loss=square_loss)
 
     for error in errors_of(program, 3):
-        assert isinstance(error, mr.MismatchError) and "rank 2 another than rank 0" in str(error)
+        assert isinstance(error, mr.MismatchError) and "rank 2 others than rank 0" in str(error)
         assert error.ranks == (2,)
+
+    def options(comm: mr.Communicator) -> None:
+        schedule = mr.PipelineSchedule(3, 4)
+        mr.Pipeline(schedule, make, comm, loss=square_loss, dynamic_shapes=comm.rank > 0)
+
+    for error in errors_of(options, 3):
+        assert isinstance(error, mr.MismatchError) and error.ranks == (1, 2)
 
 
 def test_a_schedule_that_is_out_of_order_is_refused_not_hung() -> None:

@@ -102,18 +102,19 @@ def _exchange(
     }
 
 
-def same_schedule(schedule: Program, comm: Communicator) -> None:
-    """Raise MismatchError on all ranks where they hold different schedules. Collective."""
-    mine = zlib.crc32(repr((schedule.placement, schedule.skips, schedule.num_stages)).encode())
+def same_everywhere(schedule: Program, options: tuple[object, ...], comm: Communicator) -> None:
+    """Raise MismatchError on all ranks where schedules or options differ. Collective."""
+    head = (schedule.placement, schedule.skips, schedule.num_stages, options)
+    mine = zlib.crc32(repr(head).encode())
     for rows in schedule.rows:
         mine = zlib.crc32(rows.tobytes(), mine)
     found = comm.all_gather(np.array([mine], np.int64))
     other = np.flatnonzero(found != found[0]).tolist()
     if other:
         error = MismatchError(
-            f"Pipeline (rank {comm.rank}/{comm.size}): the ranks hold different schedules: "
-            f"{'rank' if len(other) == 1 else 'ranks'} {', '.join(map(str, other))} another than "
-            "rank 0; make it from the same arguments on every rank"
+            f"Pipeline (rank {comm.rank}/{comm.size}): the ranks have different schedules or "
+            f"options: {'rank' if len(other) == 1 else 'ranks'} {', '.join(map(str, other))} "
+            "others than rank 0; give the same arguments on every rank"
         )
         error.ranks = tuple(other)
         raise error

@@ -10,7 +10,7 @@ from typing import Any
 from meshring.communicator import Communicator
 from meshring.errors import UsageError
 from meshring.pipeline.action import OpKind
-from meshring.pipeline.agree import agree_on_arguments, agree_on_end, same_schedule
+from meshring.pipeline.agree import agree_on_arguments, agree_on_end, same_everywhere
 from meshring.pipeline.copies import sum_copies
 from meshring.pipeline.execute_rank import RankPlan, RankRun
 from meshring.pipeline.execute_record import gathered_timeline
@@ -116,7 +116,8 @@ class Pipeline:
         except Exception as error:
             failure = error
         agree_on_arguments("Pipeline", comm, failure)
-        same_schedule(self.schedule, comm)
+        options = (dynamic_shapes, shapes is None, reduce_op)
+        same_everywhere(self.schedule, options, comm)
         self._own = comm.split(0, comm.rank)
         if data_parallel is not None:
             self._own_data = data_parallel.split(0, data_parallel.rank)
@@ -211,7 +212,9 @@ class Pipeline:
         StageError on every rank where an operation of one fails; DeadlineError, PeerLostError.
         """
         if self._closed is not None or self._own is None:
-            raise UsageError(f"Pipeline.run: this pipeline is closed{self._closed or ''}")
+            raise UsageError(
+                f"Pipeline.run: this pipeline is closed{self._closed or ''}; make a new one"
+            )
         plan, count = self._plan, self.schedule.num_microbatches
         failure: Exception | None = None
         try:
