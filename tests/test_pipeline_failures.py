@@ -98,6 +98,16 @@ def test_a_failing_stage_stops_all_ranks(
     assert isinstance(errors[rank].__cause__, ZeroDivisionError)
 
 
+def test_run_local_raises_where_it_happened() -> None:
+    def program(comm: mr.Communicator) -> None:
+        stage = (lambda n, _: Fails(n, "forward", 2)) if comm.rank == 2 else make
+        mr.run_pipeline(mr.PipelineSchedule(3, 4), stage, comm, X, TARGET, loss=square_loss)
+
+    with pytest.raises(mr.StageError, match=r"\(rank 2/3\): 2F1 failed") as caught:
+        mr.run_local(program, 3, timeout=TIMEOUT)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
 def test_a_failing_loss_and_a_failing_recomputation() -> None:
     def loss(y: Any, target: Any) -> Any:
         raise KeyError("no such class")
