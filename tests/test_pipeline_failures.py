@@ -119,6 +119,7 @@ def test_a_failing_loss_and_a_failing_recomputation() -> None:
 
     for error in errors_of(with_loss, 2):
         assert "1F0 failed with KeyError: 'no such class'" in str(error)
+        assert "1F0 is: forward of microbatch 0 on stage 1." in str(error)
 
     def again(comm: mr.Communicator) -> None:
         mr.run_pipeline(

@@ -17,6 +17,7 @@ from meshring.errors import (
     StageError,
     UsageError,
 )
+from meshring.pipeline.action import PipelineOp
 from meshring.pipeline.program import Program
 
 _FINE, _CONSEQUENCE, _CAUSE = 0, 1, 2
@@ -64,7 +65,8 @@ def _raise(
     who = "" if rank == comm.rank else f"rank {rank}: "
     message = (
         f"Pipeline.run (rank {comm.rank}/{comm.size}): {who}{head}\n"
-        "All ranks stop; this pipeline is closed, the communicator it was made from is not."
+        f"{_in_words(head.partition(' ')[0])}All ranks stop; this pipeline is closed, the "
+        "communicator it was made from is not."
     )
     if rank != comm.rank:
         message += f"\nTraceback of rank {rank}:\n{trace}"
@@ -72,6 +74,18 @@ def _raise(
     error.ranks = (rank,)
     error.action = action or head.partition(" ")[0]
     raise error from (failure if rank == comm.rank else None)
+
+
+def _in_words(action: str) -> str:
+    """What an operation's text means."""
+    try:
+        op = PipelineOp.parse(action)
+    except UsageError:
+        return ""  # "the", of the end of the schedule
+    if op.parts:
+        return "".join(_in_words(part.text) for part in op.parts)
+    of = f" of microbatch {op.microbatch}" if op.kind.has_microbatch else ""
+    return f"{action} is: {op.kind.name.lower().replace('_', ' ')}{of} on stage {op.stage}. "
 
 
 def _story(failure: Exception, action: str) -> str:
