@@ -118,9 +118,9 @@ def _headline(drawing: Drawing, timeline: TimelineBase, top: float, step: int, m
             LEFT,
             top + 34,
             11,
-            f"{timeline.num_ranks} ranks{some} · makespan {timeline.makespan:.4g}{unit} · "
-            f"bubble (makespan) {timeline.bubble_makespan:.4g}{unit} = "
-            f"{timeline.bubble_rate_makespan:.1%} · bubble (span) {timeline.bubble_span:.4g}{unit}"
+            f"{timeline.num_ranks} ranks{some} · makespan {timeline.makespan:.6g}{unit} · "
+            f"bubble (makespan) {timeline.bubble_makespan:.6g}{unit} = "
+            f"{timeline.bubble_rate_makespan:.1%} · bubble (span) {timeline.bubble_span:.5g}{unit}"
             f" = {timeline.bubble_rate_span:.1%}{fine}",
             colour=PALE,
         ),
