@@ -94,7 +94,10 @@ class Search:
             if self.rendezvous:
                 end = max(moving[a], moving[b], ready) + latency + wire
                 after = (heads, sent, received | {transfer})
-                yield after, self._times(compute, moving, {**known, transfer: end}, {}, {a: end, b: end})
+                yield (
+                    after,
+                    self._times(compute, moving, {**known, transfer: end}, {}, {a: end, b: end}),
+                )
             elif transfer not in sent:
                 end = max(moving[a], ready) + wire
                 after = (heads, sent | {transfer}, received)

@@ -92,8 +92,12 @@ class Costs:
     def durations(self, program: Program) -> list[Floats]:
         """The duration of each row of each rank; 0 for sends and receives."""
         table = self.table(program)
-        factor = _vector("rank_factor", self.rank_factor, program.num_ranks)
+        factor = self.factors(program)
         return [_look_up(rows, table) * factor[rank] for rank, rows in enumerate(program.rows)]
+
+    def factors(self, program: Program) -> Floats:
+        """What the durations of each rank are multiplied by."""
+        return _vector("rank_factor", self.rank_factor, program.num_ranks)
 
     def wire(self, program: Program) -> tuple[Floats, Floats]:
         """Latency and seconds per byte of each link, both of shape (ranks, ranks)."""

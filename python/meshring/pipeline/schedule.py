@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 from meshring.errors import UsageError
-from meshring.pipeline.costs import costs_of
+from meshring.pipeline.automatic import make_auto
+from meshring.pipeline.costs import Costs, costs_of
 from meshring.pipeline.lowering import lower
 from meshring.pipeline.program import Program, positive
-from meshring.pipeline.schedules import make
+from meshring.pipeline.schedules import find_layout, make
 from meshring.pipeline.semantics import Semantics, semantics_of
 from meshring.pipeline.simulate import simulate
 from meshring.pipeline.timeline import Timeline
@@ -41,6 +42,9 @@ class PipelineSchedule(Program):
     `num_stages` counts the stages of the model over all ranks, `chunks` those of one rank: 1, or 2
     for the V and interleaved kinds (any number for interleaved ones). `num_ranks` follows from
     them. `placement` gives the rank of each stage instead. Any number of microbatches will do.
+    "auto" finds an order for `costs`, the fields of Costs: the shortest makespan, or by `objective`
+    the shortest span, within `memory_limit`, one number or one per rank: bytes if costs have
+    activation_bytes, else live activations; without it, as many as there are ranks.
     Errors: UsageError for a kind that there is not, and for stages that do not fit.
     """
 
@@ -55,13 +59,27 @@ class PipelineSchedule(Program):
         placement: Sequence[int] | None = None,
         group: int | None = None,
         skips: Iterable[tuple[int, int]] = (),
+        costs: Costs | Mapping[str, Any] | None = None,
+        memory_limit: float | Sequence[float] | None = None,
+        objective: str = "makespan",
     ) -> None:
         kind = kind_of(schedule_type)
         positive("num_stages", num_stages)
         positive("num_microbatches", num_microbatches)
-        found, rows, replicas = make(
-            kind, num_stages, num_microbatches, num_ranks, chunks, placement, group
-        )
+        if kind == PipelineScheduleType.AUTO.value:
+            layout = find_layout(kind, num_stages, num_ranks, chunks, placement)
+            model = costs if isinstance(costs, Costs) else costs_of(dict(costs or {}))
+            rows = make_auto(num_stages, num_microbatches, layout, model, memory_limit, objective)
+            found, replicas = layout.placement, 1
+        elif costs is not None or memory_limit is not None:
+            raise UsageError(
+                "PipelineSchedule: 'costs' and 'memory_limit' are for schedule_type 'auto', not "
+                f"for {kind}; give costs to simulate() and lower()"
+            )
+        else:
+            found, rows, replicas = make(
+                kind, num_stages, num_microbatches, num_ranks, chunks, placement, group
+            )
         super().__init__(
             num_stages,
             num_microbatches,
