@@ -139,6 +139,18 @@ def test_any_combination(draw: st.DataObject) -> None:
     )
 
 
+def test_transfers_stand_beside_the_operations() -> None:
+    """As `validate` has it for a queue per pair: places among the operations do not matter."""
+    text = (
+        "0F0,0F1,0B0,0B1,0SEND_F0,0SEND_F1,0RECV_B0,0RECV_B1\n"
+        "1SEND_B0,1SEND_B1,1F0,1B0,1F1,1B1,1RECV_F0,1RECV_F1\n"
+    )
+    schedule = mr.PipelineSchedule.from_csv(text)
+    assert schedule.validate("rendezvous/pair").ok
+    for rows in (8, 4000):
+        check(schedule, rows=rows, runs=2)
+
+
 def test_the_timeline_is_that_of_all_ranks_on_one_clock() -> None:
     schedule = schedule_of("1f1b", 4, 8)
     (first, *others) = check(schedule)
@@ -222,5 +234,19 @@ def test_build_pipeline_makes_schedule_and_pipeline() -> None:
     found = mr.run_local(program, 2, timeout=TIMEOUT)
     assert [f[:2] for f in found] == [(4, 16)] * 2
     assert found[0][2] == pytest.approx(without_pipeline(4, 16)[0])
+    options = {"skips": [(0, 2)], "placement": [0, 1, 1]}
+
+    def with_skip(comm: mr.Communicator) -> Any:
+        with mr.build_pipeline(
+            lambda n, _: Dense(n),
+            2,
+            comm=comm,
+            num_stages=3,
+            schedule_options=options,
+            loss=square_loss,
+        ) as pipeline:
+            return pipeline.schedule.skips, pipeline.schedule.placement
+
+    assert mr.run_local(with_skip, 2, timeout=TIMEOUT) == [(((0, 2),), (0, 1, 1))] * 2
     with pytest.raises(mr.UsageError, match="'depth' is 3"):
         mr.run_local(lambda c: mr.build_pipeline(Dense, 4, comm=c, depth=3), 2, timeout=TIMEOUT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -328,12 +328,14 @@ def build_pipeline(
     comm: Communicator,
     depth: int | None = None,
     num_stages: int | None = None,
+    schedule_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
     """A Pipeline over all ranks of `comm`, its schedule made from a kind and the sizes.
 
     depth: the number of ranks, comm.size where it is None. num_stages: of the whole model; by
-    default one for each rank, or two for the kinds that fold or loop. Options: as in Pipeline.
+    default one for each rank, or two for the kinds that fold or loop. schedule_options: further
+    arguments of PipelineSchedule, such as skips, or costs for "auto". Options: as in Pipeline.
     Errors: UsageError where depth is not the size of comm.
     """
     if depth is not None and depth != comm.size:
@@ -343,7 +345,8 @@ def build_pipeline(
         )
     if num_stages is None:
         num_stages = comm.size * USUAL_CHUNKS[family_of(kind_of(schedule_type))]
-    schedule = PipelineSchedule(num_stages, num_microbatches, schedule_type, num_ranks=comm.size)
+    more = {"num_ranks": comm.size, **(schedule_options or {})}
+    schedule = PipelineSchedule(num_stages, num_microbatches, schedule_type, **more)
     return Pipeline(schedule, stages, comm, **options)
 
 
@@ -378,5 +381,7 @@ def _prepared(
         schedule = with_recomputation(schedule)
     if data_parallel is not None:
         schedule = with_gradient_reduction(schedule)
-    lowered = schedule.semantics is not None or schedule.is_lowered
-    return schedule if lowered else schedule.lower(semantics)
+    ready = schedule.semantics is not None or schedule.is_lowered
+    if ready or schedule.schedule_type == "custom":  # what a user wrote, perhaps
+        schedule.validate("rendezvous/pair" if schedule.is_lowered else None)
+    return schedule if ready else schedule.lower(semantics)

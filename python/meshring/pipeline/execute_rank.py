@@ -54,6 +54,8 @@ class RankPlan:
             behind = [] if place == count - 1 else [stage + 1]
             self.sources[stage] = before + sorted(a for a, b in skips if b == stage)
             self.targets[stage] = behind + sorted(b for a, b in skips if a == stage)
+        self.receives, self.sends = _transfers(self.rows, program.placement)
+        self.receive_number = {key: number for number, key in enumerate(self.receives)}
         kinds = {row[0] for row in self.rows}
         self.recomputed = {(s, m) for k, s, m, *_ in self.rows if k == OpKind.RECOMPUTE}
         self.trains = bool(
@@ -62,8 +64,29 @@ class RankPlan:
         self.reduces = OpKind.REDUCE_GRAD in kinds
 
 
+def _transfers(
+    rows: Sequence[tuple[int, int, int, int, int]], placement: Sequence[int]
+) -> tuple[list[tuple[Link, bool]], dict[int, list[tuple[int, int, int]]]]:
+    """The receives in order, and for each rank what is sent to it: from stage, to stage, number."""
+    receives: list[tuple[Link, bool]] = []
+    sends: dict[int, list[tuple[int, int, int]]] = {}
+    for kind, stage, microbatch, peer, _ in rows:
+        if kind == OpKind.RECV_ACTIVATION:
+            receives.append(((peer, stage, microbatch), False))
+        elif kind == OpKind.RECV_GRADIENT:
+            receives.append(((stage, peer, microbatch), True))
+        elif kind in (OpKind.SEND_ACTIVATION, OpKind.SEND_GRADIENT):
+            sends.setdefault(placement[peer], []).append((stage, peer, microbatch))
+    return receives, sends
+
+
 class RankRun:
-    """The state of one run on one rank."""
+    """The state of one run on one rank.
+
+    Transfers are queues beside the operations, one for each ordered pair of ranks: a value is sent
+    when it is made and those before it are sent; a receive is posted in its turn, or before it when
+    an operation needs its value.
+    """
 
     def __init__(
         self,
@@ -91,7 +114,8 @@ class RankRun:
         self._incoming: dict[tuple[Link, bool], Message] = {}
         self._local: dict[tuple[Link, bool], Value] = {}
         self._outgoing: dict[tuple[int, int, int], Value] = {}  # from stage, to stage, microbatch
-        self._due: dict[int, deque[tuple[int, int, int]]] = {}  # by rank: what is to be sent
+        self._due = {rank: deque(order) for rank, order in plan.sends.items()}
+        self._reached = self._posted = 0  # receives
         self._arguments: dict[Key, tuple[Value, ...]] = {}
         self._saved: dict[Key, Any] = {}
         self._rest: dict[Key, Any] = {}
@@ -107,9 +131,9 @@ class RankRun:
             OpKind.BACKWARD_INPUT: self._backward_input,
             OpKind.BACKWARD_WEIGHT: self._backward_weight,
             OpKind.SEND_ACTIVATION: self._send,
-            OpKind.RECV_ACTIVATION: self._recv_activation,
+            OpKind.RECV_ACTIVATION: self._receive,
             OpKind.SEND_GRADIENT: self._send,
-            OpKind.RECV_GRADIENT: self._recv_gradient,
+            OpKind.RECV_GRADIENT: self._receive,
             OpKind.RECOMPUTE: self._recompute,
             OpKind.REDUCE_GRAD: self._reduce_grad,
             OpKind.UNSHARD: self._unshard,
@@ -136,6 +160,7 @@ class RankRun:
 
     def _take(self, link: Link, gradient: bool) -> Value:
         """A value that another stage made: of this rank, or of another one, then it is awaited."""
+        self._post(self.plan.receive_number.get((link, gradient), -1) + 1)
         message = self._incoming.pop((link, gradient), None)
         if message is None:
             try:
@@ -172,18 +197,19 @@ class RankRun:
         if rank in self._due:
             self._send_due(rank)
 
-    def _recv_activation(self, stage: int, microbatch: int, peer: int, _: int) -> None:
-        link = (peer, stage, microbatch)
-        self._incoming[link, False] = self.links.expect(link, False)
+    def _receive(self, *_: int) -> None:
+        self._reached += 1
+        self._post(self._reached)
 
-    def _recv_gradient(self, stage: int, microbatch: int, peer: int, _: int) -> None:
-        link = (stage, peer, microbatch)
-        self._incoming[link, True] = self.links.expect(link, True)
+    def _post(self, count: int) -> None:
+        """Post the first so many receives of the schedule, but those that are posted."""
+        while self._posted < count:
+            link, gradient = self.plan.receives[self._posted]
+            self._incoming[link, gradient] = self.links.expect(link, gradient)
+            self._posted += 1
 
-    def _send(self, stage: int, microbatch: int, peer: int, _: int) -> None:
-        rank = self.plan.placement[peer]
-        self._due.setdefault(rank, deque()).append((stage, peer, microbatch))
-        self._send_due(rank)
+    def _send(self, *_: int) -> None:
+        """Nothing: it was sent when it was made, or will be."""
 
     def _send_due(self, rank: int) -> None:
         """Send what is made, in the order of the schedule; the rest is sent once it is made."""
