@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -107,15 +108,21 @@ def arrays_of(value: Value) -> tuple[Any, ...]:
     return arrays
 
 
+@cache
+def _name_of(dtype: Any) -> str:
+    name: str = dtype.name  # which NumPy makes anew each time
+    return name
+
+
+def _spec_of_array(array: Any) -> ArraySpec:
+    device = type(array) is not np.ndarray and hasattr(array, "__cuda_array_interface__")
+    return ArraySpec(tuple(array.shape), _name_of(array.dtype), device)
+
+
 def spec_of(value: Value) -> ValueSpec:
     """The spec of a value."""
-    return ValueSpec(
-        tuple(
-            ArraySpec(tuple(a.shape), a.dtype.name, hasattr(a, "__cuda_array_interface__"))
-            for a in arrays_of(value)
-        ),
-        isinstance(value, tuple),
-    )
+    arrays = arrays_of(value)
+    return ValueSpec(tuple(map(_spec_of_array, arrays)), isinstance(value, tuple))
 
 
 def given_spec(given: Any) -> ValueSpec:
@@ -167,7 +174,7 @@ def gradient_arrays(spec: ValueSpec, gradient: Value) -> list[Any]:
         if part is None:
             part = array.zeros()
         shape, dtype = tuple(getattr(part, "shape", ())), getattr(part, "dtype", None)
-        if shape != array.shape or getattr(dtype, "name", None) != array.dtype:
+        if shape != array.shape or dtype is None or _name_of(dtype) != array.dtype:
             raise UsageError(
                 f"the gradient is {dtype or type(part).__name__} {shape}, and the value is "
                 f"{array.dtype} {array.shape}; return a gradient of the same shape and dtype"
