@@ -6,7 +6,7 @@ A rank's order is a string of F, I and W: microbatches of each kind follow each 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import count, product
 
@@ -23,8 +23,8 @@ CODES = {FORWARD: "F", INPUT: "I", WEIGHT: "W"}
 SMALL = 256  # ranks times microbatches up to which the best orders are improved step by step
 STARTS = 3
 PREFERENCES = ("alternate", "input", "forward")
-SWEEPS = 12
-REACH = 4  # places by which an operation is moved
+EVALUATED = 400_000  # operations that the improvement evaluates at most, in all
+REACH = 12  # places by which an operation is moved at most
 Figures = tuple[float, float]
 
 
@@ -51,6 +51,28 @@ class Problem:
         return len(self.limit)
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a list schedule chooses among what is ready.
+
+    lead: forwards by which each rank may be ahead of its input gradients. prefer: what goes first
+    when both are ready. patience: a weight gradient starts if the next input is at least this part
+    of its time away. foresight: no forward starts if an input gradient comes within this part of
+    the forward's time.
+    """
+
+    lead: tuple[int, ...]
+    prefer: str
+    patience: float
+    foresight: float
+
+    def with_lead(self, rank: int, change: int) -> Policy:
+        """The same with another lead of one rank."""
+        lead = list(self.lead)
+        lead[rank] = max(lead[rank] + change, 1)
+        return replace(self, lead=tuple(lead))
+
+
 def find_order(problem: Problem) -> Order:
     """The best order found; no worse than any published one that fits.
 
@@ -67,12 +89,11 @@ def find_order(problem: Problem) -> Order:
             )
     found = [(evaluate(problem, ranks), ranks) for ranks in _published(problem)]
     small = problem.num_ranks * problem.num_microbatches <= SMALL
-    trials = sorted(_Trial.made(problem, *choice) for choice in _choices(problem, small))
-    found += [(trial.figures, trial.ranks) for trial in trials[:1]]
+    trials = sorted(_Trial.made(problem, policy) for policy in _policies(problem, small))
     if small:
-        better = min((trial.improved(problem) for trial in trials[:STARTS]), key=_Trial.key)
-        found.append(_improved(problem, better.figures, better.ranks))
-    _, best = min(found)
+        trials += [trial.improved(problem) for trial in trials[:STARTS]]
+    found += [(trial.figures, trial.ranks) for trial in sorted(trials)[:STARTS]]
+    _, best = min(_improved(problem, *start) for start in sorted(found)[:STARTS])
     return [_rows(kinds, position) for position, kinds in enumerate(best)]
 
 
@@ -91,16 +112,20 @@ def _published(problem: Problem) -> Iterator[list[str]]:
             yield ranks
 
 
-def _choices(problem: Problem, small: bool) -> Iterator[tuple[list[int], str, float]]:
-    """Lead of each rank, what goes first, and patience of the list schedules to try."""
+def _policies(problem: Problem, small: bool) -> Iterator[Policy]:
+    """The list schedules to try."""
     p, m = problem.num_ranks, problem.num_microbatches
-    leads = [[m] * p]
+    leads = [(m,) * p]
     for slope, more in product((1.0, 1.5, 1.75, 2.0, 2.5, 3.0), (1, 2, 3)):
-        leads.append([int(slope * (p - 1 - rank)) + more for rank in range(p)])
+        leads.append(tuple(int(slope * (p - 1 - rank)) + more for rank in range(p)))
     if small:
-        yield from product(leads, PREFERENCES, (0.0, 0.5, 0.75, 1.0))
-    else:
-        yield from product([leads[0], *leads[1::3]], PREFERENCES[:1], (0.0, 0.5, 1.0))
+        for foresight in (0.0, 0.5, 1.0):
+            for lead, prefer, patience in product(leads, PREFERENCES, (0.0, 0.5, 0.75, 1.0)):
+                yield Policy(lead, prefer, patience, foresight)
+        return
+    double = [tuple(2 * (p - 1 - rank) + more for rank in range(p)) for more in (1, 2)]
+    for lead, patience, foresight in product([leads[0], leads[1], *double], (0.0, 0.5), (0.0, 1.0)):
+        yield Policy(lead, PREFERENCES[0], patience, foresight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +134,13 @@ class _Trial:
 
     figures: Figures
     ranks: list[str]
-    lead: list[int]
-    prefer: str
-    patience: float
+    policy: Policy
 
     @classmethod
-    def made(cls, problem: Problem, lead: list[int], prefer: str, patience: float) -> _Trial:
+    def made(cls, problem: Problem, policy: Policy) -> _Trial:
         """Run a list schedule."""
-        ranks = ListSchedule(problem, lead, prefer, patience).run()
-        return cls(evaluate(problem, ranks), ranks, lead, prefer, patience)
-
-    def key(self) -> Figures:
-        """What trials are compared by."""
-        return self.figures
+        ranks = ListSchedule(problem, policy).run()
+        return cls(evaluate(problem, ranks), ranks, policy)
 
     def __lt__(self, other: _Trial) -> bool:
         return self.figures < other.figures
@@ -132,12 +151,9 @@ class _Trial:
         while moved:
             moved = False
             for rank, change in product(range(problem.num_ranks), (-2, -1, 1, 2)):
-                lead = list(best.lead)
-                lead[rank] = min(max(lead[rank] + change, 1), problem.num_microbatches)
-                if lead != best.lead:
-                    trial = _Trial.made(problem, lead, best.prefer, best.patience)
-                    if trial < best:
-                        best, moved = trial, True
+                trial = _Trial.made(problem, best.policy.with_lead(rank, change))
+                if trial < best:
+                    best, moved = trial, True
         return best
 
 
@@ -150,8 +166,14 @@ def _fits(problem: Problem, rank: int, kinds: str) -> bool:
     return True
 
 
-def evaluate(problem: Problem, ranks: Sequence[str]) -> Figures:
-    """Makespan or longest span, then the sum of the ranks' ends or spans."""
+def evaluate(
+    problem: Problem, ranks: Sequence[str], waits: list[tuple[int, int]] | None = None
+) -> Figures:
+    """Makespan or longest span, then the sum of the ranks' ends or spans.
+
+    With `waits`, lists rank and place of each operation that its rank waits for, the latest ranks'
+    first.
+    """
     p, m = problem.num_ranks, problem.num_microbatches
     came = [[-1.0] * m for _ in range(p)]
     back = [[-1.0] * m for _ in range(p)]
@@ -171,6 +193,8 @@ def evaluate(problem: Problem, ranks: Sequence[str]) -> Figures:
                 ready = (came if kind == "F" else back)[rank][batch]
                 if ready < 0.0:
                     break
+                if waits is not None and ready > now and at:
+                    waits.append((rank, at))
                 now = max(now, ready)
             if begun[rank] < 0.0:
                 begun[rank] = now
@@ -191,6 +215,8 @@ def evaluate(problem: Problem, ranks: Sequence[str]) -> Figures:
         return (float("inf"), float("inf"))
     if problem.objective == "span":
         clock = [end - start for end, start in zip(clock, begun, strict=True)]
+    if waits is not None:
+        waits.sort(key=lambda place: (-clock[place[0]], place))
     return (max(clock), sum(clock))
 
 
@@ -198,15 +224,11 @@ def evaluate(problem: Problem, ranks: Sequence[str]) -> Figures:
 class ListSchedule:
     """Gives each free rank what is ready, in simulated time; weights fill the gaps.
 
-    lead: forwards by which a rank may be ahead of its input gradients. prefer: what goes first when
-    both are ready. patience: a weight gradient starts if the next input is at least this part of
-    its time away. Source: the heuristic of Qi et al., Zero Bubble Pipeline Parallelism, 2023.
+    Source: the heuristic of Qi et al., Zero Bubble Pipeline Parallelism, 2023.
     """
 
     problem: Problem
-    lead: Sequence[int]
-    prefer: str
-    patience: float
+    policy: Policy
     ranks: list[str] = field(default_factory=list)
     came: list[dict[int, float]] = field(default_factory=list)
     back: list[dict[int, float]] = field(default_factory=list)
@@ -248,17 +270,20 @@ class ListSchedule:
         full = grown > self.problem.limit[rank] * (1 + 1e-9)
         forward = self.came[rank].get(done["F"], never)
         blocked = full and forward <= now
-        if full or done["F"] - done["I"] >= self.lead[rank]:
+        if full or done["F"] - done["I"] >= self.policy.lead[rank]:
             forward = never
         back = self.back[rank].get(done["I"], never)
         if forward <= now and back <= now:
-            if self.prefer == "alternate":
+            if self.policy.prefer == "alternate":
                 return ("I" if self.ranks[rank][-1:] == "F" else "F"), never
-            return ("I" if self.prefer == "input" else "F"), never
+            return ("I" if self.policy.prefer == "input" else "F"), never
+        soon = self.policy.foresight * self.problem.times["F"][rank]
+        if forward <= now < back < now + soon:
+            forward = never
         if forward <= now or back <= now:
             return ("F" if forward <= now else "I"), never
         later = min(forward, back)
-        wait = self.patience * self.problem.times["W"][rank]
+        wait = self.policy.patience * self.problem.times["W"][rank]
         if done["W"] < done["I"] and (blocked or later - now >= wait):
             return "W", never
         return "", later
@@ -280,26 +305,37 @@ class ListSchedule:
 
 
 def _improved(problem: Problem, figures: Figures, ranks: list[str]) -> tuple[Figures, list[str]]:
-    """Move single operations by a few places as long as that helps."""
-    for _ in range(SWEEPS):
+    """Move single operations next to where a rank waits as long as that helps."""
+    budget, before = EVALUATED // max(sum(map(len, ranks)), 1), None
+    while figures != before and budget > 0:
         before = figures
-        for rank in range(problem.num_ranks):
-            for at in range(len(ranks[rank])):
-                for to in range(max(at - REACH, 0), min(at + REACH + 1, len(ranks[rank]))):
-                    moved = _moved(ranks[rank], at, to)
-                    if moved == ranks[rank] or not _in_order(moved):
-                        continue
-                    if not _fits(problem, rank, moved):
-                        continue
-                    tried = [*ranks[:rank], moved, *ranks[rank + 1 :]]
-                    found = evaluate(problem, tried)
-                    if found < (figures[0] - 1e-9 * figures[0], figures[1]) or (
-                        found[0] <= figures[0] and found[1] < figures[1] * (1 - 1e-12)
-                    ):
-                        figures, ranks = found, tried
-        if figures == before:
-            break
+        waits: list[tuple[int, int]] = []
+        evaluate(problem, ranks, waits)
+        for rank, at, to in _moves(waits, ranks):
+            moved = _moved(ranks[rank], at, to)
+            if moved == ranks[rank] or not _in_order(moved) or not _fits(problem, rank, moved):
+                continue
+            tried = [*ranks[:rank], moved, *ranks[rank + 1 :]]
+            found = evaluate(problem, tried)
+            budget -= 1
+            if found[0] < figures[0] or (found[0] == figures[0] and found[1] < figures[1]):
+                figures, ranks = found, tried
+            if budget <= 0:
+                break
     return figures, ranks
+
+
+def _moves(waits: list[tuple[int, int]], ranks: list[str]) -> Iterator[tuple[int, int, int]]:
+    """Rank, place and new place: into each wait from behind it, and out of what is before it."""
+    for rank, place in waits:
+        last = len(ranks[rank]) - 1
+        for far in range(1, REACH + 1):
+            if place + far <= last:
+                yield rank, place + far, place
+                yield rank, place, place + far
+            if place >= far:
+                yield rank, place - far, min(place + 1, last)
+                yield rank, place, place - far
 
 
 def _moved(kinds: str, at: int, to: int) -> str:
