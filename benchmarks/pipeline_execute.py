@@ -91,27 +91,31 @@ def own_cost(ranks: int, stages: int, rounds: int) -> dict[str, Any]:
     return {"ranks": ranks, "actions": actions, "us_per_action": wall, "us_own": own}
 
 
-def bubble(kind: str, sleep: float, microbatches: int = 8) -> dict[str, Any]:
-    """Measured and simulated makespan and bubbles of four ranks that sleep."""
+def bubble(kind: str, sleep: float, rounds: int, microbatches: int = 8) -> dict[str, Any]:
+    """Measured and simulated bubble of four ranks that sleep: the round of the median ratio."""
     chunks = 2 if kind in ("zb-v", "interleaved-1f1b") else 1
     schedule = mr.PipelineSchedule(4 * chunks, microbatches, kind, num_ranks=4).lower()
     x = [np.zeros(16)] * microbatches
 
-    def program(comm: mr.Communicator) -> mr.Timeline:
+    def program(comm: mr.Communicator) -> list[mr.Timeline]:
         stages = [Sleeper(sleep / chunks) for _ in schedule.stages_of(comm.rank)]
         with mr.Pipeline(schedule, stages, comm, loss=loss) as pipeline:
             pipeline.run(x)
-            return pipeline.run(x, record=True).timeline
+            return [pipeline.run(x, record=True).timeline for _ in range(rounds)]
 
-    measured = mr.run_local(program, 4)[0]
-    simulated = schedule.simulate(**measured.durations(schedule.num_stages))
-    return {
-        "schedule": kind,
-        "measured_s": measured.bubble_makespan,
-        "simulated_s": simulated.bubble_makespan,
-        "ratio": measured.bubble_makespan / simulated.bubble_makespan,
-        "makespan_ratio": measured.makespan / simulated.makespan,
-    }
+    found = []
+    for measured in mr.run_local(program, 4)[0]:
+        simulated = schedule.simulate(**measured.durations(schedule.num_stages))
+        found.append(
+            {
+                "schedule": kind,
+                "measured_s": measured.bubble_makespan,
+                "simulated_s": simulated.bubble_makespan,
+                "ratio": measured.bubble_makespan / simulated.bubble_makespan,
+                "makespan_ratio": measured.makespan / simulated.makespan,
+            }
+        )
+    return sorted(found, key=lambda row: row["ratio"])[rounds // 2]
 
 
 def main() -> None:
@@ -134,9 +138,8 @@ def main() -> None:
     for row in costs:
         times = f"{row['us_per_action']:10.1f} {row['us_own']:13.1f}"
         print(f"{row['ranks']:5} {row['actions']:7} {times}")
-    bubbles = [
-        bubble(k, args.sleep) for k in ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v")
-    ]
+    kinds = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v")
+    bubbles = [bubble(kind, args.sleep, args.rounds) for kind in kinds]
     print(f"bubble of 4 ranks that sleep {args.sleep * 1e3:g} ms   (limit 1.10)")
     print("schedule            measured  simulated   ratio  makespan ratio")
     for row in bubbles:
