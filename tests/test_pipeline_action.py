@@ -161,6 +161,9 @@ def test_operations_are_a_sequence_made_lazily() -> None:
         (lambda: PipelineSchedule(3, 1, placement=[0, 1, 2], chunks=1), "chunks"),
         (lambda: PipelineSchedule(3, 1, skips=[(0, 1)]), "skips"),
         (lambda: PipelineSchedule(3, 1, skips=[(0, 3)]), "skips"),
+        (lambda: PipelineSchedule(3, 1, skips=3), "skips"),  # type: ignore[arg-type]
+        (lambda: PipelineSchedule(3, 1, placement=2), "placement"),  # type: ignore[arg-type]
+        (lambda: PipelineSchedule.from_csv(None), "source"),  # type: ignore[arg-type]
         (lambda: PipelineSchedule(3, 1, group=2), "group"),
         (lambda: PipelineSchedule(4, 4, "interleaved-1f1b", group=1), "group"),
         (lambda: PipelineSchedule(3, 1).get_stage_schedule(3), "stage_id"),

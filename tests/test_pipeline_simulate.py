@@ -41,6 +41,51 @@ def test_published_bubble_rates_of_the_zero_bubble_paper(row: tuple[Any, ...]) -
         assert round(line.bubble_rate_span, 4) == rate, kind
 
 
+@pytest.mark.parametrize(
+    ("number", "chunks", "rate"),
+    [
+        (0, 3, 0.1055),
+        (1, 3, 0.0818),
+        (3, 4, 0.0808),
+        (4, 4, 0.0628),
+        (6, 3, 0.1104),
+        (9, 2, 0.1493),
+    ],
+)
+def test_published_bubble_rates_of_interleaved_1f1b(number: int, chunks: int, rate: float) -> None:
+    """They follow only if nothing but a group's first microbatch waits on its way from the last
+    rank back to the first one; with all dependencies the bubble is larger.
+    """
+    p, m, f, i, w, c = PUBLISHED[number][:6]
+    schedule = PipelineSchedule(p * chunks, m, "interleaved-1f1b", num_ranks=p)
+    costs = {"forward": f / chunks, "backward": (i + w) / chunks, "comm": c}
+    line = schedule.simulate(**costs)
+    loose = m * (f + i + w) / _without_waiting_between_chunks(schedule, costs)
+    assert round(1 - loose, 4) == rate < line.bubble_rate_span
+
+
+def _without_waiting_between_chunks(schedule: PipelineSchedule, costs: dict[str, float]) -> float:
+    p, last = schedule.num_ranks, schedule.num_stages - 1
+    done: dict[tuple[bool, int, int], float] = {}
+    clock, left = [0.0] * p, [list(reversed(rows.tolist())) for rows in schedule.rows]
+    while any(left):
+        for rank in range(p):
+            while left[rank]:
+                kind, stage, batch = left[rank][-1][:3]
+                forward = kind == OpKind.FORWARD
+                before = (forward, stage - 1 if forward else stage + 1, batch)
+                free = stage == 0 if forward else stage == last
+                wraps = rank == 0 if forward else rank == p - 1
+                if not free and not (wraps and batch % p):
+                    if before not in done:
+                        break
+                    clock[rank] = max(clock[rank], done[before] + costs["comm"])
+                clock[rank] += costs["forward" if forward else "backward"]
+                done[forward, stage, batch] = clock[rank]
+                left[rank].pop()
+    return max(clock)
+
+
 def test_published_bubbles_of_the_dualpipe_table() -> None:
     """1F1B (PP-1)(F+B), ZB1P (PP-1)(F+B-2W), DualPipe and DualPipeV (PP/2-1)(F&B+B-3W)."""
     f, w, both = 1.0, 1.0, 2.5

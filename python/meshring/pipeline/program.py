@@ -304,6 +304,10 @@ def _is_int(value: Any) -> bool:
 
 def _checked_skips(skips: Iterable[Any], num_stages: int) -> tuple[tuple[int, int], ...]:
     found = []
+    if not isinstance(skips, Iterable):
+        raise UsageError(
+            f"pipeline schedule: argument 'skips' is {skips!r}; give pairs (source, target)"
+        )
     for pair in skips:
         if (
             not isinstance(pair, Sequence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from meshring.errors import UsageError
@@ -120,6 +120,10 @@ def _placed(
     chunks: int | None,
     placement: Sequence[int],
 ) -> Layout:
+    if not isinstance(placement, Iterable):
+        raise UsageError(
+            f"PipelineSchedule: argument 'placement' is {placement!r}; give the rank of each stage"
+        )
     ranks = [positive("placement", rank, 0) for rank in placement]
     if len(ranks) != num_stages:
         raise UsageError(

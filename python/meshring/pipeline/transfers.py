@@ -173,10 +173,14 @@ class _Builder:
     def build(self, program: Program, durations: list[Floats]) -> Queues:
         for mine in self.messages:
             for group in _groups(mine):
-                if len(group) > 1:
-                    self.group(group)
-                else:
-                    self.single(group[0])
+                by_queue: dict[tuple[Any, ...], list[Message]] = {}
+                for message in group:
+                    by_queue.setdefault(self.queue(message), []).append(message)
+                for parts in by_queue.values():
+                    if len(parts) > 1:
+                        self.group(parts)
+                    else:
+                        self.single(parts[0])
         for rank, rows in enumerate(program.rows):
             chosen = np.flatnonzero(~communicates(rows["kind"]))
             steps = compute_steps(rows, chosen, durations[rank], self.edges, None)
