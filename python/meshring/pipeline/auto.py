@@ -234,6 +234,7 @@ class ListSchedule:
     back: list[dict[int, float]] = field(default_factory=list)
     done: list[dict[str, int]] = field(default_factory=list)
     held: list[float] = field(default_factory=list)
+    awaited: list[bool] = field(default_factory=list)  # ranks that wait for a gradient
     heap: list[tuple[float, int, int]] = field(default_factory=list)
     tie: Iterator[int] = field(default_factory=count)
 
@@ -245,6 +246,7 @@ class ListSchedule:
         self.back = [{} for _ in range(p)]
         self.done = [{"F": 0, "I": 0, "W": 0} for _ in range(p)]
         self.held = list(self.problem.held)
+        self.awaited = [False] * p
         free = [0.0] * p
         for rank in range(p):
             self._wake(0.0, rank)
@@ -274,12 +276,15 @@ class ListSchedule:
             forward = never
         back = self.back[rank].get(done["I"], never)
         if forward <= now and back <= now:
+            if self.awaited[rank]:
+                return "I", never
             if self.policy.prefer == "alternate":
                 return ("I" if self.ranks[rank][-1:] == "F" else "F"), never
             return ("I" if self.policy.prefer == "input" else "F"), never
         soon = self.policy.foresight * self.problem.times["F"][rank]
-        if forward <= now < back < now + soon:
+        if rank and forward <= now < back < now + soon:
             forward = never
+            self.awaited[rank] = True
         if forward <= now or back <= now:
             return ("F" if forward <= now else "I"), never
         later = min(forward, back)
@@ -291,6 +296,7 @@ class ListSchedule:
     def _start(self, rank: int, kind: str, end: float) -> None:
         batch = self.done[rank][kind]
         self.done[rank][kind] = batch + 1
+        self.awaited[rank] = False
         self.ranks[rank] += kind
         self.held[rank] += self.problem.grows[kind][rank]
         self._wake(end, rank)
