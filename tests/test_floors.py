@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +63,28 @@ PYTHON = {
     1: {"environment", "_core"},
     2: {"backends", "backends.base", "nccl", "device"},
     3: {"communicator", "local"},
+    5.0: {"pipeline.action", "pipeline.engine"},
+    5.1: {"pipeline.operations", "pipeline.timeline_base"},
+    5.15: {"pipeline.picture", "pipeline.trace", "pipeline.stage"},
+    5.16: {"pipeline.picture_files", "pipeline.timeline_text"},
+    5.17: {"pipeline.timeline"},
+    5.2: {"pipeline.program", "pipeline.layout", "pipeline.links"},
+    5.25: {"pipeline.transform", "pipeline.copies", "pipeline.agree"},
+    5.3: {"pipeline.schedules_line", "pipeline.schedules_loop", "pipeline.schedules_v"},
+    5.35: {"pipeline.schedules_block"},
+    5.4: {"pipeline.schedules", "pipeline.auto"},
+    5.5: {"pipeline.costs", "pipeline.flow", "pipeline.semantics"},
+    5.6: {"pipeline.transfers"},
+    5.65: {"pipeline.linear", "pipeline.deadlock"},
+    5.66: {"pipeline.search"},
+    5.67: {"pipeline.stalls", "pipeline.footprint"},
+    5.68: {"pipeline.automatic"},
+    5.7: {"pipeline.simulate", "pipeline.lowering"},
+    5.75: {"pipeline.validate"},
+    5.8: {"pipeline.schedule"},
+    5.82: {"pipeline.execute_rank", "pipeline.execute_record"},
+    5.85: {"pipeline.execute"},
+    5.9: {"pipeline"},
     7: {
         "launch",
         "bench",
@@ -69,13 +93,14 @@ PYTHON = {
         "doctor",
         "doctor_check",
         "doctor_gpu",
+        "schedule_command",
         "cli",
         "__main__",
     },
 }
 
 
-def floors(table: dict[int, set[str]]) -> dict[str, int]:
+def floors(table: Mapping[Any, set[str]]) -> dict[str, float]:
     return {name: floor for floor, names in table.items() for name in names}
 
 

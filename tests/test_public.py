@@ -88,6 +88,16 @@ def test_import_brings_no_heavy_friends() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_pipelines_are_imported_on_first_use() -> None:
+    code = (
+        "import sys, meshring; assert not any('pipeline' in m for m in sys.modules); "
+        "assert set(meshring.__all__) <= set(dir(meshring)); "
+        "meshring.PipelineSchedule(2, 2); assert not hasattr(meshring, 'Pipelines')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_errors_are_also_the_builtin_kind() -> None:
     assert issubclass(mr.UsageError, ValueError)
     assert issubclass(mr.DeadlineError, TimeoutError)

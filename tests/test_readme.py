@@ -35,8 +35,7 @@ def test_the_page_for_gpus_runs_on_the_standin(tmp_path: Path) -> None:
     assert result.stdout.count("(2, 8) 2.0") == 2
 
 
-def test_the_examples_run() -> None:
-    for path in (ROOT / "examples").glob("*.py"):
-        result = run_ranks(path.read_text(), 4)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("hello from rank") == 4
+def test_the_first_example_runs() -> None:
+    result = run_ranks((ROOT / "examples" / "hello.py").read_text(), 4)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("hello from rank") == 4

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import click
 
-LAZY = {"bench": "meshring.bench", "doctor": "meshring.doctor"}  # each exports `command`
+LAZY = {  # each exports `command`
+    "bench": "meshring.bench",
+    "doctor": "meshring.doctor",
+    "schedule": "meshring.schedule_command",
+}
 PYTHON_FILES = (".py", ".pyc", ".pyz", ".zip")
 
 

@@ -28,3 +28,10 @@ class PeerLostError(MeshringError, ConnectionError):
 
 class BackendError(MeshringError, RuntimeError):
     """The operating system or a library under a backend failed."""
+
+
+class StageError(MeshringError, RuntimeError):
+    """An operation of a pipeline failed; says which, on which rank, and gives its traceback."""
+
+    action: str = ""
+    """The operation, such as 2F0: the forward of microbatch 0 on stage 2."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from meshring import _core
 from meshring.communicator import Communicator, _timeout
-from meshring.errors import DeadlineError, PeerLostError, UsageError
+from meshring.errors import DeadlineError, PeerLostError, StageError, UsageError
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def run_local(
 
 
 def _first_cause(failures: dict[int, BaseException]) -> BaseException:
-    ranks = sorted(failures, key=lambda r: (isinstance(failures[r], _CONSEQUENCES), r))
+    ranks = sorted(failures, key=lambda r: (_is_consequence(failures[r]), r))
     error = failures[ranks[0]]
     notes = [f"meshring.run_local: this was raised on rank {ranks[0]}"]
     notes += [f"rank {r}: {type(failures[r]).__name__}: {failures[r]}" for r in ranks[1:]]
@@ -79,4 +79,8 @@ def _first_cause(failures: dict[int, BaseException]) -> BaseException:
     return error
 
 
-_CONSEQUENCES = (PeerLostError, DeadlineError)
+def _is_consequence(error: BaseException) -> bool:
+    """Whether it tells of another rank's trouble; a StageError has a cause where it happened."""
+    if isinstance(error, StageError):
+        return error.__cause__ is None
+    return isinstance(error, (PeerLostError, DeadlineError))
