@@ -39,6 +39,7 @@ PYTHON = {
     1: {"environment", "_core"},
     2: {"backends", "backends.base"},
     3: {"communicator", "local"},
+    4: {"topology", "mesh", "mesh_checks", "mesh_comm", "mesh_layout", "mesh_text"},
     7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
 }
 

@@ -19,6 +19,8 @@ from meshring.errors import (
     UsageError,
 )
 from meshring.local import run_local
+from meshring.mesh import DeviceMesh
+from meshring.topology import Grid2D, Grid3D, Linear, Link, ModelParallelStrategy, Network
 
 __version__ = "0.1.0"
 
@@ -26,8 +28,15 @@ __all__ = [
     "BackendError",
     "Communicator",
     "DeadlineError",
+    "DeviceMesh",
+    "Grid2D",
+    "Grid3D",
+    "Linear",
+    "Link",
     "MeshringError",
     "MismatchError",
+    "ModelParallelStrategy",
+    "Network",
     "PeerLostError",
     "UsageError",
     "Work",
