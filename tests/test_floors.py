@@ -39,7 +39,17 @@ PYTHON = {
     1: {"environment", "_core"},
     2: {"backends", "backends.base"},
     3: {"communicator", "local"},
-    4: {"topology", "mesh", "mesh_checks", "mesh_comm", "mesh_layout", "mesh_text"},
+    4: {
+        "topology",
+        "mesh",
+        "mesh_checks",
+        "mesh_comm",
+        "mesh_layout",
+        "mesh_text",
+        "partition",
+        "exchange",
+        "planner",
+    },
     7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
 }
 

@@ -20,6 +20,8 @@ from meshring.errors import (
 )
 from meshring.local import run_local
 from meshring.mesh import DeviceMesh
+from meshring.partition import Partial, Replicate, Shard, Sharding, TensorPartition
+from meshring.planner import Plan, plan
 from meshring.topology import Grid2D, Grid3D, Linear, Link, ModelParallelStrategy, Network
 
 __version__ = "0.1.0"
@@ -37,10 +39,17 @@ __all__ = [
     "MismatchError",
     "ModelParallelStrategy",
     "Network",
+    "Partial",
     "PeerLostError",
+    "Plan",
+    "Replicate",
+    "Shard",
+    "Sharding",
+    "TensorPartition",
     "UsageError",
     "Work",
     "__version__",
     "init",
+    "plan",
     "run_local",
 ]
