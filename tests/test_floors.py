@@ -35,7 +35,7 @@ CPP = {
     },
 }
 PYTHON = {
-    0: {"errors", "_arrays"},
+    0: {"errors", "_arrays", "namespace"},
     1: {"environment", "_core"},
     2: {"backends", "backends.base"},
     3: {"communicator", "local"},
@@ -49,6 +49,11 @@ PYTHON = {
         "partition",
         "exchange",
         "planner",
+        "redistribute",
+        "tensor_base",
+        "algebra",
+        "tensor",
+        "storage",
     },
     7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
 }

@@ -22,6 +22,7 @@ from meshring.local import run_local
 from meshring.mesh import DeviceMesh
 from meshring.partition import Partial, Replicate, Shard, Sharding, TensorPartition
 from meshring.planner import Plan, plan
+from meshring.tensor import DistributedTensor
 from meshring.topology import Grid2D, Grid3D, Linear, Link, ModelParallelStrategy, Network
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "Communicator",
     "DeadlineError",
     "DeviceMesh",
+    "DistributedTensor",
     "Grid2D",
     "Grid3D",
     "Linear",
