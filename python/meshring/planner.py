@@ -154,8 +154,9 @@ def plan(
     return plan_between(start, end, dtype)
 
 
+@functools.lru_cache(maxsize=256)
 def plan_between(source: Sharding, target: Sharding, dtype: Any = "float32") -> Plan:
-    """Plan the way between two shardings of one shape."""
+    """Plan the way between two shardings of one shape; the last ones are remembered."""
     if source.shape != target.shape:
         raise UsageError(f"plan: shapes {source.shape} and {target.shape} differ; give one shape")
     ways = []

@@ -78,9 +78,10 @@ def _lengths(sharding: Sharding, m: int, rank: int, axis: int) -> list[int]:
     return [box[axis][1] - box[axis][0] for box in _group(sharding, m, rank)]
 
 
-def relative(box: Box, frame: Box) -> tuple[slice, ...]:
-    """Return a box as slices of an array that holds the region `frame`."""
-    return tuple(slice(s - o, e - o) for (s, e), (o, _) in zip(box, frame, strict=True))
+def relative(box: Box, frame: Box) -> tuple[Any, ...]:
+    """Return a box as an index into an array that holds the region `frame`; it makes a view."""
+    cuts = (slice(s - o, e - o) for (s, e), (o, _) in zip(box, frame, strict=True))
+    return (..., *cuts)
 
 
 def _local(step: Step, local: Any, rank: int, xp: Any) -> Any:
