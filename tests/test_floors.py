@@ -55,6 +55,7 @@ PYTHON = {
         "tensor",
         "storage",
     },
+    6: {"context"},
     7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
 }
 

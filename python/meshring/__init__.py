@@ -10,6 +10,7 @@ comm.all_reduce(x)
 
 from meshring._core import Work
 from meshring.communicator import Communicator, init
+from meshring.context import CommunicationBackend, ModelParallelConfig, ModelParallelContext
 from meshring.errors import (
     BackendError,
     DeadlineError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "CommunicationBackend",
     "Communicator",
     "DeadlineError",
     "DeviceMesh",
@@ -39,6 +41,8 @@ __all__ = [
     "Link",
     "MeshringError",
     "MismatchError",
+    "ModelParallelConfig",
+    "ModelParallelContext",
     "ModelParallelStrategy",
     "Network",
     "Partial",
