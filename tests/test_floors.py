@@ -51,6 +51,7 @@ PYTHON = {
         "planner",
         "redistribute",
         "tensor_base",
+        "rules",
         "algebra",
         "tensor",
         "storage",

@@ -20,8 +20,7 @@ def test_the_page_of_python_runs() -> None:
         assert f"[{rank}] (2, 12) ({part},) (1, 4) (2,) (8,)" in result.stdout
 
 
-def test_the_examples_run() -> None:
-    for path in (ROOT / "examples").glob("*.py"):
-        result = run_ranks(path.read_text(), 4)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("hello from rank") == 4
+def test_the_first_example_runs() -> None:
+    result = run_ranks((ROOT / "examples" / "hello.py").read_text(), 4)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("hello from rank") == 4

@@ -176,7 +176,7 @@ class Sharding:
     cuts first. Errors: UsageError where placements do not fit the shape or the mesh.
     """
 
-    __slots__ = ("_cuts", "mesh", "nests", "order", "placements", "shape")
+    __slots__ = ("_cuts", "_hash", "mesh", "nests", "order", "placements", "shape")
 
     def __init__(
         self,
@@ -204,10 +204,21 @@ class Sharding:
                 nests[p.axis].append(m)
         self.nests = tuple(map(tuple, nests))
         """For each tensor axis, the mesh axes that cut it, the first cut first."""
+        self._hash: int | None = None
         self._cuts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for axis, nest in enumerate(self.nests):
             if any(self._shard(m).sizes is not None for m in nest):
                 self.cuts(axis)  # checks that the sizes fit
+
+    def on(self, mesh: DeviceMesh) -> Sharding:
+        """Return the same sharding on an equal mesh, whose communicator may be another."""
+        if self.mesh is mesh:
+            return self
+        twin = object.__new__(Sharding)
+        for name in self.__slots__:
+            setattr(twin, name, getattr(self, name))
+        twin.mesh = mesh
+        return twin
 
     def _checked(self, placement: Placement, m: int) -> Placement:
         if not isinstance(placement, Shard):
@@ -333,13 +344,17 @@ class Sharding:
         return "{" + text + "}"
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.mesh, self.shape, self.placements, self.nests)
+        return (self.shape, self.placements, self.nests, self.mesh)
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         return isinstance(other, Sharding) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        if self._hash is None:
+            self._hash = hash(self._key())
+        return self._hash
 
     def __repr__(self) -> str:
         return f"Sharding({self.shape}, {self.by_name()})"

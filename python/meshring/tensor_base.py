@@ -34,7 +34,11 @@ class TensorBase(NDArrayOperatorsMixin):
         self._sample = sample[(slice(0, 0),) * sample.ndim] if sample.ndim else sample
 
     def _make(self, local: Any, sharding: Sharding) -> Any:
-        """A tensor of the same kind; local: its part, or on a rank off the mesh any like it."""
+        """A tensor of the same kind; local: its part, or on a rank off the mesh any like it.
+
+        sharding: on a mesh equal to this one's, whose communicator the new tensor keeps.
+        """
+        sharding = sharding.on(self.mesh)
         return type(self)(
             local if self.sharding.mesh.rank in sharding.mesh else None, sharding, local
         )
