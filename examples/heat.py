@@ -86,6 +86,7 @@ def draw(plate: Any, sharding: mr.Sharding, path: str) -> None:
         axes.axhline(rows.start - 0.5, color="white", linewidth=0.5)
         axes.axvline(columns.start - 0.5, color="white", linewidth=0.5)
         axes.text(columns.start + 2, rows.start + 2, f"rank {rank}", color="white", va="top")
+    axes.set(title="Heat equation", xlabel="column", ylabel="row")
     figure.colorbar(image, label="temperature")
     figure.savefig(path, dpi=120)
 

@@ -144,6 +144,45 @@ def test_between_meshes_of_different_ranks() -> None:
     mr.run_local(program, 6, timeout=LIMIT)
 
 
+def test_a_mesh_of_some_ranks_needs_the_others_for_reductions_only() -> None:
+    x = whole(6, 5)
+
+    def program(comm: mr.Communicator) -> None:
+        mesh = mr.DeviceMesh((2, 2), ("a", "b"), comm, ranks=[4, 2, 1, 3])
+        assert not mesh.opened
+        if comm.rank == 0:
+            return
+        t = mr.DistributedTensor.shard(x, mesh, (S0, S1))
+        check(t.redistribute((S0, R)), x)
+        check(t.redistribute((S1, S0)), x)
+        check(t.redistribute(), x)
+        part = t.sum(axis=0)
+        with pytest.raises(mr.UsageError, match=r"mesh\.open\(\)"):
+            part.redistribute()
+
+    mr.run_local(program, 5, timeout=LIMIT)
+
+
+def test_off_the_mesh_the_same_program_runs() -> None:
+    x = whole(6, 5) + 1
+
+    def program(comm: mr.Communicator) -> None:
+        mesh = mr.DeviceMesh((2, 1), ("a", "b"), comm, ranks=[2, 0])
+        mesh.open()
+        t = mr.DistributedTensor.shard(x, mesh, {"a": 0})
+        u = t @ mr.DistributedTensor.ones((5, 2), mesh)
+        total = (u * 2).sum(axis=0).redistribute()
+        assert (total.local_shard is None) == (comm.rank == 1)
+        assert total.shape == (2,)
+        if total.local_shard is not None:
+            assert total.local_shard.tolist() == [2 * x.sum()] * 2
+        assert t.T.shape == (5, 6)
+        assert t.astype("f4").dtype == np.dtype("f4")
+        assert (t.max().dtype, t.mean(axis=0).shape) == (x.dtype, (5,))
+
+    mr.run_local(program, 3, timeout=LIMIT)
+
+
 def test_partial_between_meshes() -> None:
     x = whole(4, 4)
 

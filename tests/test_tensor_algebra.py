@@ -212,6 +212,11 @@ def refusals(mesh: mr.DeviceMesh) -> dict[str, tuple[Callable[[], object], str]]
         "accumulate": (lambda: np.add.accumulate(a0), "numpy.add.accumulate"),
         "where=": (lambda: np.add(a0, a0, where=True), "numpy.add"),
         "sum out=": (lambda: np.sum(a0, out=A), "numpy"),
+        "dtype=": (lambda: np.sum(a0, dtype="f4"), "'dtype'"),
+        "out of another kind": (
+            lambda: np.add(a0.astype("i8"), 0.5, out=a0.astype("i8")),
+            "t.astype()",
+        ),
         "axis": (lambda: a0.sum(axis=2), "axis 2"),
         "axes": (lambda: a0.transpose(0, 0), "permutation"),
         "max of nothing": (lambda: T.zeros((0, 3), mesh).max(axis=0), "no elements"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from meshring import rules
+from meshring.partition import Sharding
 from meshring.tensor_base import TensorBase
 
 _MAKE_ONE = "make it one: DistributedTensor.shard(x, t.mesh, placements), {} for replicated"
@@ -24,13 +25,18 @@ def _part(t: TensorBase, index: tuple[Any, ...] | None) -> Any:
     return local if index is None else local[index]
 
 
+def shardings_of(tensors: Sequence[TensorBase]) -> list[Sharding]:
+    """Return what the tensors' errors show."""
+    return [t.sharding for t in tensors]
+
+
 def _sharding(name: str, x: Any, tensors: Sequence[TensorBase]) -> Any:
     """The sharding of a tensor, None for a number; other arrays are refused."""
     if isinstance(x, TensorBase):
         return x.sharding
     if getattr(x, "shape", ()):
         why = f"the other operand is a plain array of shape {x.shape}, the whole or a part?"
-        rules.refuse(name, [t.sharding for t in tensors], why, _MAKE_ONE)
+        rules.refuse(name, shardings_of(tensors), why, _MAKE_ONE)
     return None
 
 
@@ -45,13 +51,16 @@ def elementwise(
     if out is not None and out.sharding != result:
         rules.refuse(
             name,
-            [t.sharding for t in (*tensors, out)],
+            shardings_of((*tensors, out)),
             f"the result would have placements {result.by_name()}, not those of out",
             "leave out= away, or redistribute first",
         )
     index = iter(indices)
     local = fn(*(_part(x, next(index)) if isinstance(x, TensorBase) else x for x in inputs))
     if out is not None:
+        if not np.can_cast(local.dtype, out.dtype, "same_kind"):
+            why = f"the result is {local.dtype} and out is {out.dtype}"
+            rules.refuse(name, shardings_of(tensors), why, "cast it with t.astype() first")
         if out.local_shard is not None:
             out.local_shard[...] = local
         return out
@@ -98,8 +107,9 @@ def matmul(a: Any, b: Any) -> Any:
     """Multiply (..., m, k) by (k, n): column-parallel, row-parallel (then Partial), or by rows."""
     tensors = [x for x in (a, b) if isinstance(x, TensorBase)]
     if len(tensors) != 2:
-        given = [t.sharding for t in tensors]
-        rules.refuse("matmul", given, "the other operand is a plain array", _MAKE_ONE)
+        rules.refuse(
+            "matmul", shardings_of(tensors), "the other operand is a plain array", _MAKE_ONE
+        )
     result, (left, right) = rules.matmul(a.sharding, b.sharding, a.mesh.rank)
     if a.local_shard is None:
         return a._make(a.xp.empty((0,) * a.ndim, np.result_type(a.dtype, b.dtype)), result)

@@ -13,7 +13,7 @@ from meshring import mesh_text
 from meshring.communicator import Communicator
 from meshring.errors import UsageError
 from meshring.mesh_checks import axis_names as checked_names
-from meshring.mesh_checks import check_communicator, check_ranks, integers
+from meshring.mesh_checks import check_communicator, check_ranks, checked_devices, integers
 from meshring.mesh_comm import Parts
 from meshring.mesh_layout import cut, merged, sliced
 from meshring.topology import (
@@ -81,13 +81,7 @@ class DeviceMesh:
                 f"DeviceMesh: argument 'network' has {len(network.hosts)} ranks, and the mesh "
                 f"holds rank {layout.max()}; give one host per rank"
             )
-        devices = None if device_ids is None else tuple(integers(device_ids, "device_ids"))
-        if devices is not None and (len(devices) != size or len(set(devices)) != size):
-            raise UsageError(
-                f"DeviceMesh: argument 'device_ids' has {len(devices)} entries, "
-                f"{len(set(devices))} of them different, and the mesh {size} places; give a "
-                "device of its own for each place"
-            )
+        devices = None if device_ids is None else checked_devices(device_ids, size)
         self._set(layout.reshape(sizes), names, devices, network, Parts(comm))
 
     def _set(
@@ -426,6 +420,12 @@ class DeviceMesh:
         """
         whole = self._runtime.whole or self
         whole._runtime.get(whole, axes or whole.axis_names[:1])
+
+    @property
+    def opened(self) -> bool:
+        """Whether comm() needs no other rank than those of the mesh: it is the whole, or open."""
+        whole = self._runtime.whole or self
+        return whole._runtime.ready(whole)
 
     def close(self) -> None:
         """Close the communicators that comm() made, not the one that the mesh was given."""

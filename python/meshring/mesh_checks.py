@@ -60,6 +60,17 @@ def check_ranks(layout: NDArray[Any], shape: Iterable[int], own: bool) -> None:
         )
 
 
+def checked_devices(given: Any, size: int) -> tuple[int, ...]:
+    """Return the devices, one of its own for each place."""
+    devices = tuple(integers(given, "device_ids"))
+    if len(devices) != size or len(set(devices)) != size:
+        raise UsageError(
+            f"DeviceMesh: argument 'device_ids' has {len(devices)} entries, {len(set(devices))} of "
+            f"them different, and the mesh {size} places; give a device of its own for each place"
+        )
+    return devices
+
+
 def check_communicator(
     comm: Communicator, layout: NDArray[Any], shape: Sequence[int], own: bool
 ) -> None:

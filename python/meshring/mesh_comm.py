@@ -41,6 +41,10 @@ class Parts:
             self.made[names] = self._split(mesh, [mesh.axis_index(n) for n in names])
         return self.made[names]
 
+    def ready(self, mesh: DeviceMesh) -> bool:
+        """Say whether the ranks of the mesh alone can get communicators along its axes."""
+        return self.comm is None or mesh.size == self.comm.size or bool(self.made)
+
     def _split(self, mesh: DeviceMesh, kept: list[int]) -> Communicator | None:
         assert self.comm is not None
         if self.comm.rank not in mesh:

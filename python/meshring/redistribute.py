@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from meshring.mesh import DeviceMesh
 from meshring.partition import Box, Partial, Shard, Sharding
 from meshring.planner import LOCAL, Plan, Step
 
-# From so many bytes to each peer, one scatter per rank straight into place beats packing.
-_IN_PLACE_BYTES = 64 * 1024
+# From so many bytes to a peer, messages without a packed copy of everything beat one all_to_all.
+_LARGE = 64 * 1024
 
 
 def run(plan: Plan, local: Any, mesh: DeviceMesh, target_mesh: DeviceMesh, xp: Any) -> Any:
@@ -37,8 +37,21 @@ def run(plan: Plan, local: Any, mesh: DeviceMesh, target_mesh: DeviceMesh, xp: A
             assert comm is not None
             local = exchange(comm, Exchange(step.source, step.target), local, plan.dtype, xp)
         elif rank in step.source.mesh:
-            local = _step(step, local, mesh, rank, xp)
+            if step.kind != LOCAL and not mesh.opened:
+                local = _without_parts(step, local, comm, plan.dtype, xp)
+            else:
+                local = _step(step, local, mesh, rank, xp)
     return local if rank in target_mesh else None
+
+
+def _without_parts(step: Step, local: Any, comm: Communicator | None, dtype: Any, xp: Any) -> Any:
+    """A step on a mesh of some ranks, whose communicators would need the other ranks."""
+    if comm is None or step.kind in ("all_reduce", "reduce_scatter"):
+        raise UsageError(
+            f"redistribute: {step.kind} along {step.axes[0]!r} needs the communicators of a mesh "
+            "that has not all ranks; call mesh.open() once, on all ranks of the communicator"
+        )
+    return exchange(comm, Exchange(step.source, step.target), local, dtype, xp)
 
 
 def _step(step: Step, local: Any, mesh: DeviceMesh, rank: int, xp: Any) -> Any:
@@ -74,8 +87,11 @@ def _group(sharding: Sharding, m: int, rank: int) -> list[Box]:
     return found
 
 
-def _lengths(sharding: Sharding, m: int, rank: int, axis: int) -> list[int]:
-    return [box[axis][1] - box[axis][0] for box in _group(sharding, m, rank)]
+@functools.lru_cache(maxsize=256)
+def _lengths(sharding: Sharding, m: int, rank: int, axis: int) -> list[int] | None:
+    """The lengths of the group's parts along a tensor axis, None where all are equal."""
+    found = [box[axis][1] - box[axis][0] for box in _group(sharding, m, rank)]
+    return None if len(set(found)) == 1 else found
 
 
 def relative(box: Box, frame: Box) -> tuple[Any, ...]:
@@ -120,48 +136,100 @@ def exchange(comm: Communicator, way: Exchange, local: Any, dtype: Any, xp: Any)
     if wanted is not None:
         out = xp.empty([e - s for s, e in wanted], dtype)
     held = way.source.box(rank) if rank in way.source.mesh else ()
-    late = []
-    with comm.group():
-        for peer, box in sends:
-            comm.send(local[relative(box, held)], peer)
-        for peer, box in receives:
-            assert out is not None and wanted is not None
-            place = out[relative(box, wanted)]
-            if place.flags.c_contiguous:
-                comm.recv(place, peer)
-            else:
-                late.append((place, comm.recv(xp.empty(place.shape, dtype), peer)))
-        if kept is not None and wanted is not None and out is not None:
-            out[relative(kept, wanted)] = local[relative(kept, held)]
-    for place, arrived in late:
-        place[...] = arrived
+    out_of = [(peer, local[relative(box, held)]) for peer, box in sends]
+    into = []
+    if wanted is not None and out is not None:
+        into = [(peer, out[relative(box, wanted)]) for peer, box in receives]
+        if kept is not None:
+            into.append((rank, out[relative(kept, wanted)]))
+            out_of.append((rank, local[relative(kept, held)]))
+    _swap(comm, out_of, into, xp)
     return out
 
 
+def _swap(
+    comm: Communicator, out_of: list[tuple[int, Any]], into: list[tuple[int, Any]], xp: Any
+) -> None:
+    """Send arrays and receive others, one at most to and from each peer, this rank included."""
+    mine = [part for peer, part in out_of if peer == comm.rank]
+    late = []
+    with comm.group():
+        for peer, part in out_of:
+            if peer != comm.rank and part.size:
+                comm.send(part, peer)
+        for peer, place in into:
+            if peer == comm.rank:
+                continue
+            if place.flags.c_contiguous and place.size:
+                comm.recv(place, peer)
+            elif place.size:
+                late.append((place, comm.recv(xp.empty(place.shape, place.dtype), peer)))
+        for peer, place in into:
+            if peer == comm.rank:
+                place[...] = mine[0]
+    for place, arrived in late:
+        place[...] = arrived
+
+
 # ---- all_to_all -----------------------------------------------------------------------------
+
+
+class _Turn(NamedTuple):
+    """How one rank changes the axis that a mesh axis cuts."""
+
+    wanted: Box
+    parts: tuple[tuple[Any, ...], ...]
+    """What goes to each rank of the group, in the local part."""
+    places: tuple[tuple[Any, ...], ...]
+    """Where what each sends goes, in the new part."""
+    in_place: bool
+    """Whether every place is contiguous, on all ranks."""
+    even: bool
+    """Whether all parts of all ranks have one size."""
+    largest: int
+    """The largest part in elements: the same on all ranks of the group."""
+
+
+@functools.lru_cache(maxsize=256)
+def _turn(source: Sharding, target: Sharding, m: int, rank: int) -> _Turn:
+    held, wanted = source.box(rank), target.box(rank)
+    sources, targets = _group(source, m, rank), _group(target, m, rank)
+    before = source.placements[m]
+    assert isinstance(before, Shard)
+    # Asked of the whole group's boxes, so that all its ranks choose the same.
+    in_place = all(e - s <= 1 for box in targets for s, e in box[: before.axis])
+    sizes = {elements(_meet(t, s)) for s in sources for t in targets}
+    return _Turn(
+        wanted,
+        tuple(relative(_meet(box, held), held) for box in targets),
+        tuple(relative(_meet(wanted, box), wanted) for box in sources),
+        in_place,
+        len(sizes) == 1,
+        max(sizes),
+    )
 
 
 def _all_to_all(step: Step, local: Any, comm: Communicator, m: int, rank: int, xp: Any) -> Any:
     """Shard(a) to Shard(b) along mesh axis m: my part of b from everyone's part of a."""
     before, after = step.source.placements[m], step.target.placements[m]
     assert isinstance(before, Shard) and isinstance(after, Shard)
-    held, wanted = step.source.box(rank), step.target.box(rank)
-    sources, targets = _group(step.source, m, rank), _group(step.target, m, rank)
     if before.axis == after.axis:
-        axis = before.axis
-        cuts = [_meet(box, held)[axis] for box in targets]
+        axis, held = before.axis, step.source.box(rank)
+        cuts = [_meet(box, held)[axis] for box in _group(step.target, m, rank)]
         return comm.all_to_all(local, axis, [e - s for s, e in cuts])
-    out = xp.empty([e - s for s, e in wanted], local.dtype)
-    places = [out[relative(_meet(wanted, box), wanted)] for box in sources]
-    parts = [local[relative(_meet(box, held), held)] for box in targets]
-    # Asked of the whole group's boxes, so that all its ranks choose the same.
-    in_place = all(e - s <= 1 for box in targets for s, e in box[: before.axis])
-    largest = max(map(elements, sources)) * local.dtype.itemsize // comm.size
-    if in_place and xp is np and largest >= _IN_PLACE_BYTES:
-        return _scatters(local, out, places, comm, after.axis, [p.shape[after.axis] for p in parts])
+    turn = _turn(step.source, step.target, m, rank)
+    out = xp.empty([e - s for s, e in turn.wanted], local.dtype)
+    places = [out[place] for place in turn.places]
+    parts = [local[part] for part in turn.parts]
+    if xp is np and turn.largest * local.dtype.itemsize >= _LARGE:
+        if turn.in_place:
+            _scatters(local, places, comm, after.axis, [p.shape[after.axis] for p in parts])
+        else:
+            _swap(comm, list(enumerate(parts)), list(enumerate(places)), xp)
+        return out
     sent = _joined(parts, local, xp)
-    counts = [part.size for part in parts]
-    if in_place:
+    counts = None if turn.even else [part.size for part in parts]
+    if turn.in_place:
         comm.all_to_all(sent, 0, counts, out=out.reshape(-1))
         return out
     arrived = comm.all_to_all(sent, 0, counts)
@@ -173,8 +241,8 @@ def _all_to_all(step: Step, local: Any, comm: Communicator, m: int, rank: int, x
 
 
 def _scatters(
-    local: Any, out: Any, places: list[Any], comm: Communicator, axis: int, sizes: list[int]
-) -> Any:
+    local: Any, places: list[Any], comm: Communicator, axis: int, sizes: list[int]
+) -> None:
     """Each rank in turn deals out its part; the blocks go straight to where they belong."""
     mine = np.ascontiguousarray(local)
     for root, place in enumerate(places):
@@ -182,7 +250,6 @@ def _scatters(
             comm.scatter(mine, root, axis, sizes, out=place)
         else:
             comm.scatter(None, root, axis, out=place)
-    return out
 
 
 def _joined(parts: list[Any], local: Any, xp: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -275,6 +276,10 @@ class DistributedTensor(TensorBase):
         known = _FUNCTIONS.get(func.__name__)
         if known is None:
             raise self._unknown(f"numpy.{func.__name__}")
+        try:
+            inspect.signature(known).bind(*args, **kwargs)
+        except TypeError as error:
+            raise self._unknown(f"numpy.{func.__name__} with these arguments ({error})") from None
         return known(*args, **kwargs)
 
     def _unknown(self, name: str) -> UsageError:

@@ -31,7 +31,9 @@ class TensorBase(NDArrayOperatorsMixin):
             )
         self.local_shard = local_shard if here else None
         self.sharding = sharding
-        self._sample = sample[(slice(0, 0),) * sample.ndim] if sample.ndim else sample
+        self._sample = (
+            sample if here else namespace_of(sample).empty((0,) * self.ndim, sample.dtype)
+        )
 
     def _make(self, local: Any, sharding: Sharding) -> Any:
         """A tensor of the same kind; local: its part, or on a rank off the mesh any like it.
