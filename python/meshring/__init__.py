@@ -8,9 +8,13 @@ x = np.arange(8, dtype="f4") + comm.rank
 comm.all_reduce(x)
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from meshring._core import Work
 from meshring.communicator import Communicator, init
-from meshring.context import CommunicationBackend, ModelParallelConfig, ModelParallelContext
 from meshring.errors import (
     BackendError,
     DeadlineError,
@@ -20,11 +24,38 @@ from meshring.errors import (
     UsageError,
 )
 from meshring.local import run_local
-from meshring.mesh import DeviceMesh
-from meshring.partition import Partial, Replicate, Shard, Sharding, TensorPartition
-from meshring.planner import Plan, plan
-from meshring.tensor import DistributedTensor
-from meshring.topology import Grid2D, Grid3D, Linear, Link, ModelParallelStrategy, Network
+
+if TYPE_CHECKING:
+    from meshring.context import CommunicationBackend, ModelParallelConfig, ModelParallelContext
+    from meshring.mesh import DeviceMesh
+    from meshring.partition import Partial, Replicate, Shard, Sharding, TensorPartition
+    from meshring.planner import Plan, plan
+    from meshring.tensor import DistributedTensor
+    from meshring.topology import Grid2D, Grid3D, Linear, Link, ModelParallelStrategy, Network
+
+# Imported when first asked for: programs that use collectives only start as fast as before.
+_LATER = {
+    "context": "CommunicationBackend ModelParallelConfig ModelParallelContext",
+    "mesh": "DeviceMesh",
+    "partition": "Partial Replicate Shard Sharding TensorPartition",
+    "planner": "Plan plan",
+    "tensor": "DistributedTensor",
+    "topology": "Grid2D Grid3D Linear Link ModelParallelStrategy Network",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name in names.split():
+            found = getattr(importlib.import_module(f"meshring.{module}"), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module 'meshring' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

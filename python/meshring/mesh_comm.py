@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ class Parts:
                 "DeviceMesh(shape, names, meshring.init())"
             )
         whole = mesh.size == self.comm.size and bool((np.diff(mesh.ranks.ravel()) == 1).all())
-        if whole and len(names) == mesh.ndim:
+        if whole and math.prod(map(mesh.axis_size, names)) == mesh.size:
             return self.comm
         if not self.made:
             for i, name in enumerate(mesh.axis_names):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ def save(t: TensorBase, path: Any) -> None:
     if rank not in mesh:
         return
     comm = mesh.comm() if mesh.size > 1 else None
-    token = np.frombuffer(secrets.token_bytes(8), np.uint8).copy()
+    token = np.frombuffer(os.urandom(8), np.uint8).copy()
     if comm is not None:
         comm.broadcast(token)
     name = token.tobytes().hex()
