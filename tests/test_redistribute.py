@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -255,3 +257,20 @@ def test_meshes_on_different_communicators_are_refused() -> None:
                 t.redistribute(None, mr.DeviceMesh(2, "b", other))
 
     mr.run_local(program, 2, timeout=LIMIT)
+
+
+def test_what_is_remembered_keeps_no_communicator() -> None:
+    seen = []
+
+    def program(comm: mr.Communicator) -> None:
+        mesh = mr.DeviceMesh((1, 2), ("a", "b"), comm)
+        t = mr.DistributedTensor.shard(whole(8, 6), mesh, {"b": 0})
+        u = (t + t).redistribute({"b": 1}) @ mr.DistributedTensor.ones((6, 2), mesh, {"b": 0})
+        u.sum(axis=0).T.gather()
+        u.redistribute({"a": 1})
+        t[2:4]
+        seen.append(weakref.ref(comm))
+
+    mr.run_local(program, 2, timeout=LIMIT)
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]

@@ -33,7 +33,7 @@ def shardings_of(tensors: Sequence[TensorBase]) -> list[Sharding]:
 def _sharding(name: str, x: Any, tensors: Sequence[TensorBase]) -> Any:
     """The sharding of a tensor, None for a number; other arrays are refused."""
     if isinstance(x, TensorBase):
-        return x.sharding
+        return x.sharding.bare
     if getattr(x, "shape", ()):
         why = f"the other operand is a plain array of shape {x.shape}, the whole or a part?"
         rules.refuse(name, shardings_of(tensors), why, _MAKE_ONE)
@@ -72,7 +72,7 @@ def elementwise(
 def reduction(t: TensorBase, name: str, axis: Any = None, keepdims: bool = False) -> Any:
     """Reduce along tensor axes: sum, mean, max, min, prod; Partial where they are cut."""
     axes = rules.axes_of(t.sharding, name, axis)
-    result = rules.reduction(t.sharding, name, axes, bool(keepdims))
+    result = rules.reduction(t.sharding.bare, name, axes, bool(keepdims))
     count = math.prod(t.shape[a] for a in axes)
     value = _reduced(t.xp, _local(t), name, axes, keepdims, count)
     return t._make(t.xp.asarray(value), result)
@@ -110,7 +110,7 @@ def matmul(a: Any, b: Any) -> Any:
         rules.refuse(
             "matmul", shardings_of(tensors), "the other operand is a plain array", _MAKE_ONE
         )
-    result, (left, right) = rules.matmul(a.sharding, b.sharding, a.mesh.rank)
+    result, (left, right) = rules.matmul(a.sharding.bare, b.sharding.bare, a.mesh.rank)
     if a.local_shard is None:
         return a._make(a.xp.empty((0,) * a.ndim, np.result_type(a.dtype, b.dtype)), result)
     return a._make(_part(a, left) @ _part(b, right), result)
@@ -119,6 +119,6 @@ def matmul(a: Any, b: Any) -> Any:
 def transpose(t: TensorBase, axes: Sequence[int] | None = None) -> Any:
     """Permute the axes, reversed by default; the local part is a view."""
     wanted = tuple(int(a) for a in axes) if axes else None
-    result, order = rules.transpose(t.sharding, wanted)
+    result, order = rules.transpose(t.sharding.bare, wanted)
     local = _local(t)
     return t._make(local.transpose(order) if local.ndim == len(order) else local, result)

@@ -22,6 +22,7 @@ class Parts:
     def __init__(self, comm: Communicator | None, whole: DeviceMesh | None = None) -> None:
         self.comm = comm
         self.whole = whole
+        self.bare: DeviceMesh | None = None
         self.made: dict[tuple[str, ...], Communicator | None] = {}
 
     def get(self, mesh: DeviceMesh, axes: Sequence[str]) -> Communicator | None:

@@ -176,7 +176,7 @@ class Sharding:
     cuts first. Errors: UsageError where placements do not fit the shape or the mesh.
     """
 
-    __slots__ = ("_cuts", "_hash", "mesh", "nests", "order", "placements", "shape")
+    __slots__ = ("_bare", "_cuts", "_hash", "mesh", "nests", "order", "placements", "shape")
 
     def __init__(
         self,
@@ -205,6 +205,7 @@ class Sharding:
         self.nests = tuple(map(tuple, nests))
         """For each tensor axis, the mesh axes that cut it, the first cut first."""
         self._hash: int | None = None
+        self._bare: Sharding | None = None
         self._cuts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for axis, nest in enumerate(self.nests):
             if any(self._shard(m).sizes is not None for m in nest):
@@ -218,7 +219,20 @@ class Sharding:
         for name in self.__slots__:
             setattr(twin, name, getattr(self, name))
         twin.mesh = mesh
+        twin._bare = None if mesh.communicator is None else self.bare
         return twin
+
+    @property
+    def bare(self) -> Sharding:
+        """The same sharding on the mesh without its communicator: what caches may keep."""
+        parts = self.mesh._runtime
+        if parts.comm is None:
+            return self
+        if self._bare is None:
+            if parts.bare is None:
+                parts.bare = self.mesh.with_comm(None)
+            self._bare = self.on(parts.bare)
+        return self._bare
 
     def _checked(self, placement: Placement, m: int) -> Placement:
         if not isinstance(placement, Shard):

@@ -133,9 +133,8 @@ class DistributedTensor(TensorBase):
 
     def plan(self, placements: Placements, mesh: DeviceMesh | None = None) -> Plan:
         """Plan what redistribute() would do, to print or read before it runs."""
-        return plan_between(
-            self.sharding, Sharding(mesh or self.mesh, self.shape, placements), self.dtype
-        )
+        target = Sharding(mesh or self.mesh, self.shape, placements)
+        return plan_between(self.sharding.bare, target.bare, self.dtype)
 
     def redistribute(
         self, placements: Placements = None, mesh: DeviceMesh | None = None
@@ -151,7 +150,7 @@ class DistributedTensor(TensorBase):
     def _moved(self, target: Sharding) -> DistributedTensor:
         if target == self.sharding and target.mesh.communicator is self.mesh.communicator:
             return self
-        way = plan_between(self.sharding, target, self.dtype)
+        way = plan_between(self.sharding.bare, target.bare, self.dtype)
         if not way.steps:
             return DistributedTensor(self.local_shard, target, self._sample)
         local = run(way, self.local_shard, self.mesh, target.mesh, self.xp)
@@ -195,7 +194,7 @@ class DistributedTensor(TensorBase):
         comm = self.mesh.communicator
         if comm is None:
             return self.local_shard[key].copy()
-        way = Exchange(self.sharding, region, [start for start, _ in bounds])
+        way = Exchange(self.sharding.bare, region.bare, [start for start, _ in bounds])
         found = exchange(comm, way, self.local_shard, self.dtype, self.xp)
         return None if found is None else found[inner]
 
