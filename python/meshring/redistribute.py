@@ -14,8 +14,10 @@ from meshring.mesh import DeviceMesh
 from meshring.partition import Box, Partial, Shard, Sharding
 from meshring.planner import LOCAL, Plan, Step
 
-# From so many bytes to a peer, messages without a packed copy of everything beat one all_to_all.
-_LARGE = 64 * 1024
+# Bytes to a peer from which separate messages, and one scatter per rank, beat packing everything
+# for one all_to_all (measured between processes of one host: benchmarks/redistribute.py).
+_MESSAGES = 64 << 10
+_SCATTERS = 1 << 20
 
 
 def run(plan: Plan, local: Any, mesh: DeviceMesh, target_mesh: DeviceMesh, xp: Any) -> Any:
@@ -221,11 +223,12 @@ def _all_to_all(step: Step, local: Any, comm: Communicator, m: int, rank: int, x
     out = xp.empty([e - s for s, e in turn.wanted], local.dtype)
     places = [out[place] for place in turn.places]
     parts = [local[part] for part in turn.parts]
-    if xp is np and turn.largest * local.dtype.itemsize >= _LARGE:
-        if turn.in_place:
-            _scatters(local, places, comm, after.axis, [p.shape[after.axis] for p in parts])
-        else:
-            _swap(comm, list(enumerate(parts)), list(enumerate(places)), xp)
+    largest = turn.largest * local.dtype.itemsize
+    if xp is np and turn.in_place and largest >= _SCATTERS:
+        _scatters(local, places, comm, after.axis, [p.shape[after.axis] for p in parts])
+        return out
+    if xp is np and not turn.in_place and largest >= _MESSAGES:
+        _swap(comm, list(enumerate(parts)), list(enumerate(places)), xp)
         return out
     sent = _joined(parts, local, xp)
     counts = None if turn.even else [part.size for part in parts]
