@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +117,24 @@ def test_one_rank_needs_no_communicator() -> None:
     assert t.sum().item() == X.sum()
     assert T.from_local(X, ALONE, {"dp": mr.Partial()}).item is not None
     assert not t.requires_communication()
+
+
+def test_what_arrays_have_and_tensors_have_not_is_said() -> None:
+    t = T.shard(X, ALONE, {"dp": 0})
+    with pytest.raises(AttributeError, match=r"t\.gather\(\)\.reshape"):
+        t.reshape(7, 9)
+    assert not hasattr(t, "argsort")
+    assert not hasattr(t, "nonsense")
+
+
+@on(2, (2,), ("x",))
+def test_copies_keep_their_communicator(mesh: mr.DeviceMesh) -> None:
+    t = copy.deepcopy(T.shard(X, mesh, 0))
+    assert (t.gather() == X).all()
+    assert copy.copy(mesh) is mesh
+    again = pickle.loads(pickle.dumps(t.sharding))
+    assert again == t.sharding
+    assert again.mesh.communicator is None
 
 
 def test_a_big_mesh_without_a_communicator_has_no_part_here() -> None:

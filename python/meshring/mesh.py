@@ -137,9 +137,9 @@ class DeviceMesh:
         """
         if num_devices is None:
             if device_ids is None and comm is None:
+                need = "give it, or device_ids=, or a communicator"
                 raise UsageError(
-                    "DeviceMesh.from_strategy: argument 'num_devices' is None; give it, or "
-                    "device_ids=, or a communicator"
+                    f"DeviceMesh.from_strategy: argument 'num_devices' is None; {need}"
                 )
             num_devices = comm.size if device_ids is None and comm else len(device_ids or ())
         (count,) = integers(num_devices, "num_devices")
@@ -170,14 +170,8 @@ class DeviceMesh:
 
     def with_comm(self, comm: Communicator | None) -> DeviceMesh:
         """Return the same mesh on a communicator, or on none."""
-        return DeviceMesh(
-            self.shape,
-            self._names,
-            comm,
-            ranks=self._ranks,
-            device_ids=self._devices,
-            network=self.network,
-        )
+        kept: dict[str, Any] = {"device_ids": self._devices, "network": self.network}
+        return DeviceMesh(self.shape, self._names, comm, ranks=self._ranks, **kept)
 
     # ---- what it is -------------------------------------------------------------------------
 
@@ -475,6 +469,11 @@ class DeviceMesh:
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a DeviceMesh is immutable; make another to change {name!r}")
+
+    def __deepcopy__(self, memo: Any = None) -> DeviceMesh:
+        return self  # immutable; a pickled copy has no communicator
+
+    __copy__ = __deepcopy__
 
     def __reduce__(self) -> Any:
         return _rebuild, (self._ranks, self._names, self._devices, self.network)

@@ -144,6 +144,14 @@ class TensorBase(NDArrayOperatorsMixin):
             "array on every rank, or t.local_shard for this rank's part"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(np.ndarray, name):
+            raise AttributeError(f"'DistributedTensor' object has no attribute {name!r}")
+        raise AttributeError(
+            f"a DistributedTensor has no {name}: a rank has its part only; use t.gather().{name} "
+            f"for the whole, or t.local_shard.{name} for this rank's part"
+        )
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         raise self._refuse("numpy.asarray()")
 
