@@ -25,7 +25,11 @@ def test_everything_public_has_a_docstring() -> None:
     for name in mr.__all__:
         if name != "__version__":
             assert inspect.getdoc(getattr(mr, name)), name
-    for owner in (mr.Communicator, mr.Work):
+    tensors = (mr.DeviceMesh, mr.Sharding, mr.DistributedTensor, mr.Plan, mr.ModelParallelContext)
+    for owner in tensors:
+        for name, member in inspect.getmembers(owner, lambda m: isinstance(m, property)):
+            assert inspect.getdoc(member), f"{owner.__name__}.{name}"
+    for owner in (mr.Communicator, mr.Work, *tensors):
         for name, member in inspect.getmembers(owner):
             if not name.startswith("_") and callable(member):
                 assert inspect.getdoc(member), f"{owner.__name__}.{name}"
@@ -81,7 +85,8 @@ def test_stub_signatures_are_those_of_the_methods() -> None:
 def test_import_brings_no_heavy_friends() -> None:
     code = (
         "import sys, meshring; "
-        "bad = {'cupy', 'torch', 'mpi4py', 'ml_dtypes', 'click', 'rich', 'matplotlib'} "
+        "bad = {'cupy', 'torch', 'mpi4py', 'ml_dtypes', 'click', 'rich', 'matplotlib', "
+        "'sklearn', 'scipy'} "
         "& set(sys.modules); print(sorted(bad)); sys.exit(bool(bad))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -121,3 +126,14 @@ def test_trace_and_repr() -> None:
         assert [r["number"] for r in rows] == list(range(9, 41))
         assert all(r["state"] == "done" and "test_public.py:" in str(r["site"]) for r in rows)
         assert rows[-1]["call"] == "all_reduce(float64 (39,), op=sum)"
+
+
+def test_names_that_are_imported_late_are_all_there() -> None:
+    code = (
+        "import meshring as mr; from meshring import *; import sys; "
+        "assert set(mr.__all__) <= set(dir(mr)); "
+        "missing = [n for n in mr.__all__ if not hasattr(mr, n)]; print(missing); "
+        "sys.exit(bool(missing) or hasattr(mr, 'nonsense'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -8,6 +8,8 @@ x = np.arange(8, dtype="f4") + comm.rank
 comm.all_reduce(x)
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,33 +27,43 @@ from meshring.errors import (
 from meshring.local import run_local
 
 if TYPE_CHECKING:
+    from meshring.context import CommunicationBackend, ModelParallelConfig, ModelParallelContext
+    from meshring.mesh import DeviceMesh
+    from meshring.partition import Partial, Replicate, Shard, Sharding, TensorPartition
     from meshring.pipeline.action import PipelineOp
     from meshring.pipeline.execute import Pipeline, PipelineResult, build_pipeline, run_pipeline
     from meshring.pipeline.schedule import PipelineSchedule, PipelineScheduleType
     from meshring.pipeline.stage import PipelineStage
     from meshring.pipeline.timeline import Timeline
+    from meshring.planner import Plan, plan
+    from meshring.tensor import DistributedTensor
+    from meshring.topology import Grid2D, Grid3D, Linear, Link, ModelParallelStrategy, Network
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = {  # what a program without pipelines need not import
-    "Pipeline": "execute",
-    "PipelineOp": "action",
-    "PipelineResult": "execute",
-    "PipelineSchedule": "schedule",
-    "PipelineScheduleType": "schedule",
-    "PipelineStage": "stage",
-    "Timeline": "timeline",
-    "build_pipeline": "execute",
-    "run_pipeline": "execute",
+# Imported when first asked for: programs that use collectives only start as fast as without.
+_LATER = {
+    "context": "CommunicationBackend ModelParallelConfig ModelParallelContext",
+    "mesh": "DeviceMesh",
+    "partition": "Partial Replicate Shard Sharding TensorPartition",
+    "pipeline.action": "PipelineOp",
+    "pipeline.execute": "Pipeline PipelineResult build_pipeline run_pipeline",
+    "pipeline.schedule": "PipelineSchedule PipelineScheduleType",
+    "pipeline.stage": "PipelineStage",
+    "pipeline.timeline": "Timeline",
+    "planner": "Plan plan",
+    "tensor": "DistributedTensor",
+    "topology": "Grid2D Grid3D Linear Link ModelParallelStrategy Network",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_FIRST_USE:
-        raise AttributeError(f"module 'meshring' has no attribute {name!r}")
-    value = getattr(import_module(f"meshring.pipeline.{_ON_FIRST_USE[name]}"), name)
-    globals()[name] = value
-    return value
+    for module, names in _LATER.items():
+        if name in names.split():
+            found = getattr(import_module(f"meshring.{module}"), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module 'meshring' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
@@ -60,10 +72,22 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BackendError",
+    "CommunicationBackend",
     "Communicator",
     "DeadlineError",
+    "DeviceMesh",
+    "DistributedTensor",
+    "Grid2D",
+    "Grid3D",
+    "Linear",
+    "Link",
     "MeshringError",
     "MismatchError",
+    "ModelParallelConfig",
+    "ModelParallelContext",
+    "ModelParallelStrategy",
+    "Network",
+    "Partial",
     "PeerLostError",
     "Pipeline",
     "PipelineOp",
@@ -71,13 +95,19 @@ __all__ = [
     "PipelineSchedule",
     "PipelineScheduleType",
     "PipelineStage",
+    "Plan",
+    "Replicate",
+    "Shard",
+    "Sharding",
     "StageError",
+    "TensorPartition",
     "Timeline",
     "UsageError",
     "Work",
     "__version__",
     "build_pipeline",
     "init",
+    "plan",
     "run_local",
     "run_pipeline",
 ]

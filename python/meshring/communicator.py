@@ -38,7 +38,14 @@ class Communicator(_core.Communicator):
                 "Communicator: call meshring.init() to join a job, or comm.split() for a part"
             )
         self._name = "world" if isinstance(source, _core.World) else "a split"
+        self._parts: list[Communicator] = []  # of meshes: closed with this one
+        self._adopted = False
         _open.add(self)
+
+    def _adopt(self, part: Communicator) -> None:
+        """Close `part` with this communicator, and say nothing of it at exit."""
+        self._parts = [p for p in self._parts if not p.closed] + [part]
+        part._adopted = True
 
     def split(
         self, color: int | None, key: int = 0, *, timeout: float | None = None
@@ -121,6 +128,8 @@ class Communicator(_core.Communicator):
 
         Units: none. Errors: none. Source: MPI_Comm_free, ncclCommDestroy.
         """
+        for part in self._parts:
+            part.close()
         if not self.closed:
             self._close()
         _open.discard(self)
@@ -277,8 +286,9 @@ def _at_exit() -> None:
     if _forked:
         return
     left = [c for c in _open if not c.closed and c is not _world]
-    if left:
-        names = ", ".join(repr(c) for c in left)
+    forgotten = [c for c in left if not c._adopted]
+    if forgotten:
+        names = ", ".join(repr(c) for c in forgotten)
         print(f"meshring: left open at exit: {names}; use close() or `with`", file=sys.stderr)
     if _world is not None and not _world.closed:
         left.append(_world)
