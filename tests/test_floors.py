@@ -61,7 +61,10 @@ PYTHON = {
     1: {"environment", "_core"},
     2: {"backends", "backends.base", "nccl", "device"},
     3: {"communicator", "local"},
-    7: {"launch", "bench", "bench_worker", "bench_report", "doctor", "cli", "__main__"},
+    7: {
+        *("launch", "doctor", "cli", "__main__", "bench", "bench_data", "bench_device"),
+        *("bench_report", "bench_table", "bench_worker"),
+    },
 }
 
 
