@@ -272,7 +272,8 @@ def command(
         click.echo(f"# the ranks ended with exit code {code}: no results are written", err=True)
         sys.exit(code)
     results = printer.results
-    click.echo("\n".join(footer_lines(results)))
+    remarks = printer.environment.get("remarks", ())
+    click.echo("\n".join(footer_lines(results, remarks)))
     if json_path:
         bench_report.write_json(json_path, printer.environment, results)
     if csv_path:

@@ -133,8 +133,8 @@ def row_line(record: Record) -> str:
     return line
 
 
-def footer_lines(results: Sequence[Record]) -> list[str]:
-    """Return nccl-tests' last lines: wrong elements and the mean bus bandwidth."""
+def footer_lines(results: Sequence[Record], remarks: Sequence[str] = ()) -> list[str]:
+    """Return nccl-tests' last lines: wrong elements and the mean bus bandwidth, with remarks."""
     names = list(dict.fromkeys(r["operation"] for r in results))
     wrong = bench_report.total_wrong(results)
     verdict = "not checked" if wrong is None else f"{wrong} {'FAILED' if wrong else 'OK'}"
@@ -145,7 +145,7 @@ def footer_lines(results: Sequence[Record]) -> list[str]:
             lines.append(f"#   {name:<15} avg bus bandwidth : {mean:.4f}")
     mean = bench_report.average_busbw(results)
     lines.append(f"# Avg bus bandwidth    : {'N/A' if mean is None else f'{mean:.4f}'}")
-    return lines
+    return lines + [f"# {remark}" for remark in remarks]
 
 
 class Printer:
