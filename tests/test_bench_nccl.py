@@ -21,7 +21,7 @@ LIMIT_S = 90
 HAVE_CUPY = importlib.util.find_spec("cupy") is not None
 rehearsed = pytest.mark.skipif(
     not HAVE_CUPY or standin.compiler() is None,
-    reason=f"pip install cupy-cuda12x; {standin.SKIP}",
+    reason=standin.SKIP if HAVE_CUPY else "pip install cupy-cuda12x",
 )
 
 
