@@ -123,7 +123,7 @@ class _OnDevice:
         self.cupy: Any = import_module("cupy")
         self.graph = settings.graph
         self.registered = settings.registered
-        self.windows = nccl.library().code >= WINDOWS_SINCE
+        self.windows = self.registered and nccl.library().code >= WINDOWS_SINCE
 
     @contextmanager
     def known(self, arrays: Sequence[Array], collective: bool) -> Iterator[None]:
