@@ -32,8 +32,9 @@ CONTENDERS = ("meshring", "cupy.cuda.nccl", "cupyx.distributed", "nccl4py")
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 SIZES = (8, 64 << 10, 1 << 20, 64 << 20)  # bytes of one rank's input
 SHARED_SIZES = (8, 64 << 10)
-LIMIT_S = 120
+LIMIT_S = 60
 Call = Callable[[Any, Any], object]
+Made = tuple[dict[str, Call], Any, Callable[[], None]]  # calls, NCCL version, how it ends
 
 
 # ---- the contenders: operations on (x, out), float32, on CuPy's current stream
@@ -55,65 +56,87 @@ def by_file(name: str, rank: int, make: Callable[[], Any]) -> Any:
     return pickle.loads(path.read_bytes())
 
 
-def of_meshring(cupy: Any, rank: int, size: int) -> tuple[dict[str, Call], Any]:
+def nothing() -> None:
+    """End a contender that leaves nothing behind."""
+
+
+def of_meshring(stream: Any, rank: int, size: int) -> Made:
     import meshring as mr
     from meshring import nccl
 
     comm = mr.init("nccl", timeout=LIMIT_S)
-    return {
-        "all_reduce": lambda x, out: comm.all_reduce(x, "sum", out),
-        "all_gather": lambda x, out: comm.all_gather(x, 0, None, out),
-        "reduce_scatter": lambda x, out: comm.reduce_scatter(x, "sum", 0, None, out),
-        "broadcast": lambda x, out: comm.broadcast(x, 0),
-    }, nccl.library().code
+    return (
+        {
+            "all_reduce": lambda x, out: comm.all_reduce(x, "sum", out),
+            "all_gather": lambda x, out: comm.all_gather(x, 0, None, out),
+            "reduce_scatter": lambda x, out: comm.reduce_scatter(x, "sum", 0, None, out),
+            "broadcast": lambda x, out: comm.broadcast(x, 0),
+        },
+        nccl.library().code,
+        nothing,
+    )
 
 
-def of_cupy(cupy: Any, rank: int, size: int) -> tuple[dict[str, Call], Any]:
+def of_cupy(stream: Any, rank: int, size: int) -> Made:
     from cupy.cuda import nccl
-    from cupy.cuda.stream import get_current_stream_ptr
 
     identifier = by_file("cupy", rank, nccl.get_unique_id)
     comm = nccl.NcclCommunicator(size, identifier, rank)
-    f4, add, stream = nccl.NCCL_FLOAT32, nccl.NCCL_SUM, get_current_stream_ptr
-    return {
-        "all_reduce": lambda x, out: comm.allReduce(
-            x.data.ptr, out.data.ptr, x.size, f4, add, stream()
-        ),
-        "all_gather": lambda x, out: comm.allGather(x.data.ptr, out.data.ptr, x.size, f4, stream()),
-        "reduce_scatter": lambda x, out: comm.reduceScatter(
-            x.data.ptr, out.data.ptr, out.size, f4, add, stream()
-        ),
-        "broadcast": lambda x, out: comm.broadcast(x.data.ptr, x.data.ptr, x.size, f4, 0, stream()),
-    }, nccl.get_version()
+    f4, add = nccl.NCCL_FLOAT32, nccl.NCCL_SUM
+    return (
+        {
+            "all_reduce": lambda x, out: comm.allReduce(
+                x.data.ptr, out.data.ptr, x.size, f4, add, stream.ptr
+            ),
+            "all_gather": lambda x, out: comm.allGather(
+                x.data.ptr, out.data.ptr, x.size, f4, stream.ptr
+            ),
+            "reduce_scatter": lambda x, out: comm.reduceScatter(
+                x.data.ptr, out.data.ptr, out.size, f4, add, stream.ptr
+            ),
+            "broadcast": lambda x, out: comm.broadcast(
+                x.data.ptr, x.data.ptr, x.size, f4, 0, stream.ptr
+            ),
+        },
+        nccl.get_version(),
+        nothing,
+    )
 
 
-def of_cupyx(cupy: Any, rank: int, size: int) -> tuple[dict[str, Call], Any]:
+def of_cupyx(stream: Any, rank: int, size: int) -> Made:
     sys.modules["mpi4py"] = None  # type: ignore[assignment]  # not what is compared
     from cupy.cuda import nccl
     from cupyx.distributed import init_process_group
 
     port = by_file("cupyx", rank, free_port)
     comm = init_process_group(size, rank, host="127.0.0.1", port=port)
-    return {
-        "all_reduce": comm.all_reduce,
-        "all_gather": lambda x, out: comm.all_gather(x, out, x.size),
-        "reduce_scatter": lambda x, out: comm.reduce_scatter(x, out, out.size),
-        "broadcast": lambda x, out: comm.broadcast(x, 0),
-    }, nccl.get_version()
+    return (
+        {
+            "all_reduce": comm.all_reduce,
+            "all_gather": lambda x, out: comm.all_gather(x, out, x.size),
+            "reduce_scatter": lambda x, out: comm.reduce_scatter(x, out, out.size),
+            "broadcast": lambda x, out: comm.broadcast(x, 0),
+        },
+        nccl.get_version(),
+        comm.stop,
+    )
 
 
-def of_nccl4py(cupy: Any, rank: int, size: int) -> tuple[dict[str, Call], Any]:
+def of_nccl4py(stream: Any, rank: int, size: int) -> Made:
     import nccl.core as nccl
 
     identifier = by_file("nccl4py", rank, nccl.get_unique_id)
     comm = nccl.Communicator.init(size, rank, identifier)
-    current = cupy.cuda.get_current_stream
-    return {
-        "all_reduce": lambda x, out: comm.allreduce(x, out, nccl.SUM, stream=current()),
-        "all_gather": lambda x, out: comm.allgather(x, out, stream=current()),
-        "reduce_scatter": lambda x, out: comm.reduce_scatter(x, out, nccl.SUM, stream=current()),
-        "broadcast": lambda x, out: comm.broadcast(x, x, 0, stream=current()),
-    }, None
+    return (
+        {
+            "all_reduce": lambda x, out: comm.allreduce(x, out, nccl.SUM, stream=stream),
+            "all_gather": lambda x, out: comm.allgather(x, out, stream=stream),
+            "reduce_scatter": lambda x, out: comm.reduce_scatter(x, out, nccl.SUM, stream=stream),
+            "broadcast": lambda x, out: comm.broadcast(x, x, 0, stream=stream),
+        },
+        None,
+        nothing,
+    )
 
 
 def free_port() -> int:
@@ -142,25 +165,29 @@ def child(kind: str, sizes: list[int]) -> None:
 
     bench_device.share_a_gpu()
     rank, size = int(os.environ["MESHRING_RANK"]), int(os.environ["MESHRING_SIZE"])
-    device = rank % len(_core.cuda_devices())
+    gpus = len(_core.cuda_devices())
+    device, shared = rank % gpus, size > gpus  # ranks of one GPU take turns of 10 ms
     place = SimpleNamespace(device=device, size=size)
     how = SimpleNamespace(graph=False, registered=False)
     library = os.environ.get("MESHRING_CUDA_LIBRARY")
     real = not (library and bench_device.is_stand_in(library))
     target = (bench_device.Gpu if real else bench_device.StandIn)(place, how)
-    calls, version = MAKERS[kind](cupy, rank, size)
+    stream = target.stream if real else cupy.cuda.Stream.null
+    calls, version, end = MAKERS[kind](stream, rank, size)
     for name in OPERATIONS:
         for nbytes in sizes:
-            found = measure(target, calls[name], name, nbytes, rank, size)
+            times = 2 if shared else 20 if nbytes <= 1 << 20 else 5
+            found = measure(target, calls[name], name, nbytes, rank, size, times)
             facts = {"kind": kind, "rank": rank, "operation": name, "bytes": nbytes}
             print(json.dumps(facts | found | {"nccl": version}), flush=True)
     for r in range(size):  # nobody leaves before the last has its data
         by_file(f"done{r}", abs(r - rank), lambda: True)
+    end()
     os._exit(0)  # contenders differ in how they end, which is not compared
 
 
 def measure(
-    target: Any, call: Call, name: str, nbytes: int, rank: int, size: int
+    target: Any, call: Call, name: str, nbytes: int, rank: int, size: int, times: int
 ) -> dict[str, Any]:
     """Return the samples of the GPU's time and the host's, of one call. Units: microseconds."""
     from meshring.bench_data import PERIOD, count_wrong, fill
@@ -187,7 +214,6 @@ def measure(
     if wrong:
         sys.exit(f"{name} of {nbytes} bytes: {wrong} wrong elements")
     fill(target.view(x), constant(0))
-    times = 20 if nbytes <= 1 << 20 else 5
     sample = target.sampler(lambda: call(x, out), times)
     sample()
     device = [sample() / times / 1e3 for _ in range(7)]
@@ -218,7 +244,7 @@ def run(kind: str, ranks: int, sizes: list[int]) -> list[dict[str, Any]]:
             check=False,
         )
     rows = [json.loads(line) for line in job.stdout.splitlines() if line.startswith('{"kind"')]
-    if job.returncode or len(rows) != ranks * len(sizes) * len(OPERATIONS):
+    if len(rows) != ranks * len(sizes) * len(OPERATIONS):
         raise RuntimeError("\n".join((job.stdout + job.stderr).splitlines()[-8:]))
     return rows
 
@@ -302,6 +328,7 @@ def main() -> int:
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks (default 1,2)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", help=f"bytes of one rank's input (default {SIZES})")
+    parser.add_argument("--only", choices=CONTENDERS, help="measure this contender alone")
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -318,6 +345,7 @@ def main() -> int:
     library = os.environ.get("MESHRING_CUDA_LIBRARY")
     stand_in = bool(library and bench_device.is_stand_in(library))
     kinds, absent = probe()
+    kinds = [kind for kind in kinds if args.only in (None, kind)]
     for kind, reason in absent.items():
         print(f"not measured: {kind}: {reason}")
     if stand_in:

@@ -8,13 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import standin
-from meshring import bench_data, bench_device, bench_report, bench_table
+from meshring import bench_data, bench_device, bench_report, bench_table, nccl
 from meshring.bench_report import OPERATIONS
 
 LIMIT_S = 90
@@ -166,6 +169,116 @@ def test_too_large_is_one_sentence(tmp_path: Path) -> None:
     assert job.returncode == 2
     assert "of its memory is free; choose a smaller size" in job.stderr
     assert "Traceback" not in job.stderr
+
+
+# ---------------------------------------------------------------- the GPU's part, step by step
+
+
+class Recorder:
+    """CuPy as far as bench_device.Gpu uses it: NumPy's arrays, and a stream that keeps a diary."""
+
+    def __init__(self, free: int = 1 << 30) -> None:
+        self.diary: list[str] = []
+        self.capturing = False
+        write = self.diary.append
+        recorder = self
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                write("event")
+
+            def synchronize(self) -> None:
+                write("wait")
+
+        class Stream:
+            def __init__(self, non_blocking: bool) -> None:
+                assert non_blocking
+
+            def use(self) -> None:
+                write("use")
+
+            def synchronize(self) -> None:
+                write("synchronize")
+
+            def begin_capture(self) -> None:
+                recorder.capturing = True
+
+            def end_capture(self) -> Any:
+                recorder.capturing = False
+                return SimpleNamespace(launch=lambda stream: write("launch"))
+
+        self.cuda = SimpleNamespace(
+            Device=lambda index: SimpleNamespace(use=lambda: write(f"device {index}")),
+            Stream=Stream,
+            Event=Event,
+            get_elapsed_time=lambda begin, end: 0.5,
+            runtime=SimpleNamespace(memGetInfo=lambda: (free, 2 * free)),
+            using_allocator=lambda allocator: nullcontext(write("NCCL's memory")),
+        )
+        self.__version__ = "of a test"
+        self.empty, self.arange, self.asarray = np.empty, np.arange, np.asarray
+
+    def call(self) -> None:
+        self.diary.append("captured" if self.capturing else "call")
+
+
+class Registered:
+    """The part of a communicator that Gpu uses."""
+
+    device, size = 1, 2
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.write = recorder.diary.append
+
+    def synchronize(self) -> None:
+        self.write("comm")
+
+    def register(self, x: Any, window: bool) -> Any:
+        self.write(f"register {x.nbytes} {window}")
+        return SimpleNamespace(close=lambda: self.write("deregister"))
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, **options: bool) -> tuple[Recorder, bench_device.Gpu]:
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "cupy", recorder)
+    monkeypatch.setattr(nccl, "library", lambda: SimpleNamespace(code=22803))
+    monkeypatch.setattr(nccl, "allocator", lambda: None)
+    how: Any = SimpleNamespace(**{"graph": False, "registered": False} | options)
+    made = bench_device.Gpu(Registered(recorder), how)  # type: ignore[arg-type]
+    assert recorder.diary == ["device 1", "use"]
+    recorder.diary.clear()
+    return recorder, made
+
+
+def test_a_sample_is_calls_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, target = gpu(monkeypatch)
+    sample = target.sampler(recorder.call, 3)
+    assert recorder.diary == []
+    assert sample() == 500_000  # half a millisecond
+    assert recorder.diary == ["event", "call", "call", "call", "event", "wait"]
+    assert target.free_bytes() == 1 << 30
+
+
+def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, target = gpu(monkeypatch, graph=True)
+    sample = target.sampler(recorder.call, 2)
+    assert recorder.diary == ["call", "comm", "captured", "captured", "launch", "synchronize"]
+    recorder.diary.clear()
+    sample()
+    assert recorder.diary == ["event", "launch", "event", "wait"]
+
+
+def test_buffers_are_registered_as_long_as_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, target = gpu(monkeypatch, registered=True)
+    arrays = [target.empty(count, np.dtype("f4")) for count in (2, 4)]
+    for collective in (True, False):
+        recorder.diary.append("--")
+        with target.known(arrays, collective):
+            recorder.diary.append("inside")
+    registers = [
+        f"register 8 {w} register 16 {w} inside comm deregister deregister" for w in (True, False)
+    ]
+    assert " ".join(recorder.diary) == "NCCL's memory NCCL's memory -- " + " -- ".join(registers)
 
 
 class Bits:
