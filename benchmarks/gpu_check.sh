@@ -60,8 +60,15 @@ for name, value in standin.environment('$work/ranks').items():
   on_nccl=(bash -c '. "$0"; exec "$@"' "$work/standin.sh")
 else
   on_nccl=(env)
+  mkdir "$work/source"
+  cp -r csrc python pyproject.toml setup.py README.md LICENSE MANIFEST.in "$work/source"
+  if ! "$python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)'; then
+    # Older ones know no licence expression; there is no network to get a newer one from.
+    sed -i 's/^license = .*/license = { text = "Apache-2.0" }/; /^license-files/d' \
+      "$work/source/pyproject.toml"
+  fi
   section build 180 "$python" -m pip install -q --no-build-isolation --no-deps --no-index \
-    --upgrade --target "$work/site" .
+    --upgrade --target "$work/site" "$work/source"
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 
