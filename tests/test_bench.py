@@ -18,9 +18,9 @@ import click
 import numpy as np
 import pytest
 
-from meshring import bench, bench_report, bench_worker
+from meshring import bench, bench_data, bench_report, bench_worker
+from meshring.bench_data import DTYPES, ML_DTYPES, PERIOD, REDUCTIONS
 from meshring.bench_report import OPERATIONS
-from meshring.bench_worker import DTYPES, ML_DTYPES, PERIOD, REDUCTIONS
 
 LIMIT_S = 90
 HAVE_ML_DTYPES = importlib.util.find_spec("ml_dtypes") is not None
@@ -30,7 +30,7 @@ PLACED = [
     for in_place in ((False, True) if operation.in_place else (False,))
     if name != "barrier"
 ]
-DEFINED = [(d, op) for d in DTYPES for op in REDUCTIONS if bench_worker.supports(d, op)]
+DEFINED = [(d, op) for d in DTYPES for op in REDUCTIONS if bench_data.supports(d, op)]
 
 
 def needs(dtype: str) -> None:
@@ -70,7 +70,7 @@ class ThreadCommunicator:
         return out
 
     def total(self, x: Any, op: str) -> Any:
-        return bench_worker.reduced(np.stack(self.exchange(x)), op)
+        return bench_data.reduced(np.stack(self.exchange(x)), op)
 
     def blocks(self, x: Any) -> Any:
         return np.asarray(x).reshape(self.size, -1)
@@ -146,8 +146,8 @@ def checked(
     make: type[ThreadCommunicator], name: str, dtype: str, op: str, in_place: bool, ranks: int = 3
 ) -> int:
     """Return the wrong elements of one operation on all ranks."""
-    values = bench_worker.craft(
-        bench_worker.dtype_of(dtype), op if OPERATIONS[name].reduces else None, ranks, 7
+    values = bench_data.craft(
+        bench_data.dtype_of(dtype), op if OPERATIONS[name].reduces else None, ranks, 7
     )
 
     def body(comm: Any) -> int:
@@ -228,11 +228,11 @@ def test_memory_is_refused_with_a_figure(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("dtype", "op"), DEFINED)
 def test_crafted_inputs_are_exact_in_any_order(dtype: str, op: str, ranks: int) -> None:
     needs(dtype)
-    values = bench_worker.craft(bench_worker.dtype_of(dtype), op, ranks, 3)
+    values = bench_data.craft(bench_data.dtype_of(dtype), op, ranks, 3)
     assert values.shape == (ranks, PERIOD)
     assert values.dtype.name == dtype
-    result = bench_worker.reduced(values, op)
-    backwards = bench_worker.reduced(values[::-1].copy(), op)
+    result = bench_data.reduced(values, op)
+    backwards = bench_data.reduced(values[::-1].copy(), op)
     assert np.array_equal(result, backwards)
     if dtype != "bool":
         wide = values.astype(np.complex128)
@@ -247,20 +247,20 @@ def test_crafted_inputs_are_exact_in_any_order(dtype: str, op: str, ranks: int) 
     if ranks > 1:
         assert len({row.tobytes() for row in values}) == ranks
         op = "sum" if op == "mean" else op
-        lost = bench_worker.reduced(values[:-1], op)
-        assert (lost != bench_worker.reduced(values, op)).any()
+        lost = bench_data.reduced(values[:-1], op)
+        assert (lost != bench_data.reduced(values, op)).any()
 
 
 def test_the_period_does_not_fit_any_block() -> None:
     assert all(PERIOD % n for n in range(2, 91))
     pattern = np.arange(PERIOD)
     array = np.empty(3 * PERIOD + 100, dtype=np.int64)
-    bench_worker.fill(array, pattern, 50)
+    bench_data.fill(array, pattern, 50)
     assert np.array_equal(array, (np.arange(array.size) + 50) % PERIOD)
-    assert bench_worker.count_wrong(array, pattern, 50) == 0
-    assert bench_worker.count_wrong(array, pattern, 49) == array.size
+    assert bench_data.count_wrong(array, pattern, 50) == 0
+    assert bench_data.count_wrong(array, pattern, 49) == array.size
     array[[0, PERIOD, -1]] += 1
-    assert bench_worker.count_wrong(array, pattern, 50) == 3
+    assert bench_data.count_wrong(array, pattern, 50) == 3
 
 
 @pytest.mark.parametrize(("name", "in_place"), PLACED)
@@ -268,7 +268,7 @@ def test_right_results_are_right(name: str, in_place: bool) -> None:
     dtypes = ("float32", "int8", "bool", "complex64", *(ML_DTYPES if HAVE_ML_DTYPES else ()))
     for dtype in dtypes:
         for op in REDUCTIONS if OPERATIONS[name].reduces else ("sum",):
-            if bench_worker.supports(dtype, op):
+            if bench_data.supports(dtype, op):
                 assert checked(ThreadCommunicator, name, dtype, op, in_place) == 0, (dtype, op)
 
 
@@ -430,7 +430,7 @@ BAD = {
     "reversed": (["--sizes", "1M:8"], "write 8:1M"),
     "too large": (["--sizes", "900T"], "GiB of memory is available"),
     "root": (["--root", "2"], "they are 0 to 1"),
-    "backend": (["--backend", "nccl"], "There are: host"),
+    "backend": (["--backend", "mpi"], "There are: host, nccl"),
     "timeout": (["--timeout", "-1"], "above 0 seconds"),
     "directory": (["--json", "/nowhere/at/all/out.json"], "does not exist"),
     "a directory": (["--csv", "/tmp"], "is a directory"),

@@ -104,16 +104,19 @@ PYTHON = {
     5.9: {"pipeline"},
     6: {"context"},
     7: {
-        "launch",
+        "__main__",
         "bench",
-        "bench_worker",
+        "bench_data",
+        "bench_device",
         "bench_report",
+        "bench_table",
+        "bench_worker",
+        "cli",
         "doctor",
         "doctor_check",
         "doctor_gpu",
+        "launch",
         "schedule_command",
-        "cli",
-        "__main__",
     },
 }
 

@@ -221,7 +221,10 @@ def _covered(results: Sequence[Record]) -> str:
 
 
 def _differences(a: tuple[Record, list[Record]], b: tuple[Record, list[Record]]) -> list[str]:
-    keys = ("ranks", "cpu_model", "cores_usable", "meshring", "numpy", "transport", "isa")
+    keys = (
+        *("ranks", "cpu_model", "cores_usable", "meshring", "numpy", "backend", "transport", "isa"),
+        *("gpus", "nccl", "cupy", "graph", "registered", "remarks"),
+    )
     lines = [
         f"# differs: {key}: {a[0].get(key)} in A, {b[0].get(key)} in B"
         for key in keys
@@ -380,10 +383,15 @@ def plot(path: Path, environment: Record, results: Sequence[Record]) -> None:
     dtypes = sorted({str(r["dtype"]) for r in results if r["dtype"]})
     ops = sorted({str(r["op"]) for r in results if r["op"]})
     what = ", ".join([*dtypes, *ops])
-    figure.suptitle(
+    where = f"{environment['cpu_model']}, {environment['cores_usable']} cores"
+    if "gpus" in environment:
+        where = f"{', '.join(environment['gpus'])}, NCCL {environment['nccl']}"
+    title = (
         f"meshring {environment['meshring']} bench: {environment['ranks']} ranks, {what}, "
         f"{environment['backend']} backend ({environment['transport']})\n"
-        f"{environment['cpu_model']}, {environment['cores_usable']} cores, {environment['date']}",
-        fontsize=11,
+        f"{where}, {environment['date']}"
     )
+    for remark in environment.get("remarks", ()):
+        title += f"\n{remark}"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path)

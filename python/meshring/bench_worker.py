@@ -15,27 +15,33 @@ import platform
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from meshring.bench_data import (
+    PERIOD,
+    Array,
+    count_wrong,
+    craft,
+    dtype_of,
+    fill,
+    reduced,
+    spoil,
+)
 from meshring.bench_report import OPERATIONS, PLACEMENTS, Operation, Record, statistics
 
 if TYPE_CHECKING:
     from meshring.communicator import Communicator
 
-Array: TypeAlias = NDArray[Any]
 Row: TypeAlias = tuple[str, int, int]
 
-# Inputs repeat after a prime number of elements: cheap to make and to check, while a block that
-# lands at a wrong offset (offsets are powers of two and multiples of 16 bytes) still differs.
-PERIOD = 8191
 # Below this a clock read is a visible part of a call, so one sample spans several calls.
 SAMPLE_NS = 20_000
 SAMPLES_MIN, SAMPLES_MAX = 5, 1000
@@ -43,150 +49,66 @@ CALIBRATION_NS = 1_000_000
 HELLO_BYTES = 1024
 
 
-REDUCTIONS = ("sum", "prod", "min", "max", "mean")
-ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
-DTYPES = (
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64", "complex64", "complex128", *ML_DTYPES),
-)
-# Every integer up to here is exact in the type; larger types are cut off where it is plenty.
-EXACT = {"bool": 1, "float16": 2048, "bfloat16": 256, "float8_e4m3fn": 16, "float8_e5m2": 8}
-EXACT_PLENTY = 1 << 20
+# ---------------------------------------------------------------- where the arrays are
 
 
-def dtype_of(name: str) -> np.dtype[Any]:
-    """Return the NumPy dtype called `name`; ImportError where it needs ml_dtypes."""
-    if name in ML_DTYPES:
-        import ml_dtypes
+class Target(Protocol):
+    """Where a rank's arrays are, and how its calls are timed."""
 
-        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return found
-    return np.dtype(name)
+    sample_ns: int
+    """Least length of a sample. Units: nanoseconds."""
 
+    def empty(self, count: int, dtype: np.dtype[Any]) -> Array:
+        """Return a new array, to pass to a collective."""
 
-def supports(dtype: str, op: str) -> bool:
-    """Tell whether the reduction `op` is defined for `dtype` (NumPy's meaning)."""
-    if op in ("min", "max"):
-        return not dtype.startswith("complex")
-    if op == "mean":
-        return not dtype.startswith(("bool", "int", "uint"))
-    return True
+    def view(self, x: Array) -> Array:
+        """Return the array of the same bytes that `fill`, `spoil` and `count_wrong` work on."""
 
+    def sampler(self, call: Callable[[], object], calls: int) -> Callable[[], float]:
+        """Return what makes that many calls and says how long they took. Units: nanoseconds."""
 
-# ---------------------------------------------------------------- exact inputs and results
+    def known(self, arrays: Sequence[Array], collective: bool) -> AbstractContextManager[None]:
+        """Within it, the arrays are registered, if the run asks for that."""
 
-
-def _magnitudes(rng: np.random.Generator, dtype: str, top: int, shape: tuple[int, ...]) -> Array:
-    low = 0 if dtype.startswith(("bool", "uint")) else -top
-    return np.asarray(rng.integers(low, top, size=shape, endpoint=True))
+    def facts(self) -> Record:
+        """Return what the results' environment says of it."""
 
 
-def _limit(dtype: str) -> int:
-    if dtype in EXACT:
-        return EXACT[dtype]
-    if dtype.startswith(("int", "uint")):
-        return min(int(np.iinfo(dtype).max) - 1, EXACT_PLENTY)  # the maximum is the poison
-    return EXACT_PLENTY
+class Host:
+    """Arrays in host memory, and its clock."""
+
+    sample_ns = SAMPLE_NS
+
+    def empty(self, count: int, dtype: np.dtype[Any]) -> Array:
+        """Return a new NumPy array."""
+        return np.empty(count, dtype)
+
+    def view(self, x: Array) -> Array:
+        """Return x."""
+        return x
+
+    def sampler(self, call: Callable[[], object], calls: int) -> Callable[[], float]:
+        """Return what makes that many calls and says how long they took. Units: nanoseconds."""
+
+        def sample() -> float:
+            begin = perf_counter_ns()
+            for _ in repeat(None, calls):
+                call()
+            return perf_counter_ns() - begin
+
+        return sample
+
+    @contextmanager
+    def known(self, arrays: Sequence[Array], collective: bool) -> Iterator[None]:
+        """Do nothing: memory of the host is not registered."""
+        yield
+
+    def facts(self) -> Record:
+        """Return nothing: the environment describes the host."""
+        return {}
 
 
-def _bits(rng: np.random.Generator, op: str | None, ranks: int) -> Array:
-    # The rare value is the one that decides, so that one lost rank changes some results.
-    decisive = rng.integers(0, 2 if op is None else ranks + 1, size=(ranks, PERIOD)) == 0
-    return np.asarray(~decisive if op in ("prod", "min") else decisive)
-
-
-def _real(rng: np.random.Generator, dtype: str, op: str | None, ranks: int) -> Array:
-    shape = (ranks, PERIOD)
-    if op == "sum":
-        return _magnitudes(rng, dtype, max(1, _limit(dtype) // ranks), shape)
-    if op == "mean":  # pairs of ranks hold (0, 2s) or (2s, 0), a rank left over s: the mean is s
-        scale = rng.choice([-4, -2, -1, 1, 2, 4], size=PERIOD)
-        values = np.tile(scale, (ranks, 1))
-        flips = rng.integers(0, 2, size=(ranks // 2, PERIOD))
-        values[0 : ranks // 2 * 2 : 2] *= 2 * flips
-        values[1 : ranks // 2 * 2 : 2] *= 2 * (1 - flips)
-        return values
-    return _magnitudes(rng, dtype, _limit(dtype), shape)
-
-
-def _factors(rng: np.random.Generator, dtype: str, ranks: int) -> Array:
-    # All ranks hold 1 but two, drawn for each position: the product stays a small power of two.
-    if dtype.startswith("complex"):
-        choices = np.array([2, -1, 4, 1j, -2j])
-    else:
-        choices = np.array([2, 4] if dtype.startswith("uint") else [2, -1, 4, -2])
-    values = np.ones((ranks, PERIOD), dtype=choices.dtype)
-    for _ in range(2):
-        values[rng.integers(0, ranks, size=PERIOD), np.arange(PERIOD)] *= rng.choice(
-            choices, size=PERIOD
-        )
-    return values
-
-
-def craft(dtype: np.dtype[Any], op: str | None, ranks: int, salt: int) -> Array:
-    """Return every rank's input, one period of it: exact in `dtype` under `op` in any order.
-
-    Shapes: (ranks, PERIOD). `op` None: data that is only moved.
-    """
-    rng = np.random.default_rng([salt, ranks])
-    name = dtype.name
-    if name == "bool":
-        values = _bits(rng, op, ranks)
-    elif op == "prod":
-        values = _factors(rng, name, ranks)
-    else:
-        values = _real(rng, name, op, ranks)
-        if dtype.kind == "c":
-            values = values + 1j * _real(rng, name, op, ranks)
-    if name in ML_DTYPES:
-        values = values.astype(np.float32)
-    return np.ascontiguousarray(values.astype(dtype))
-
-
-def reduced(values: Array, op: str) -> Array:
-    """Reduce `values` over ranks with NumPy: in rank order, half and smaller through float32."""
-    dtype = values.dtype
-    if dtype.name == "bool":
-        return np.asarray(values.all(axis=0) if op in ("prod", "min") else values.any(axis=0))
-    wide = np.dtype(np.float32) if dtype.name in EXACT else dtype
-    combine = {"prod": np.multiply, "min": np.minimum, "max": np.maximum}.get(op, np.add)
-    total = values[0].astype(wide)
-    for row in values[1:]:
-        total = combine(total, row.astype(wide))
-    if op == "mean":
-        total = total / wide.type(len(values))
-    return np.asarray(total.astype(dtype))
-
-
-def fill(target: Array, pattern: Array, start: int = 0) -> None:
-    """Write the periodic `pattern` into `target`, beginning with its element `start`."""
-    pattern = np.roll(pattern, -start)
-    whole = target.size // PERIOD * PERIOD
-    target[:whole].reshape(-1, PERIOD)[...] = pattern
-    target[whole:] = pattern[: target.size - whole]
-
-
-def count_wrong(actual: Array, pattern: Array, start: int = 0) -> int:
-    """Return how many elements of `actual` differ from the periodic `pattern` from `start` on."""
-    pattern = np.roll(pattern, -start)
-    wrong = 0
-    step = 128 * PERIOD  # keeps the temporary of the comparison in cache
-    for begin in range(0, actual.size, step):
-        piece = actual[begin : begin + step]
-        whole = piece.size // PERIOD * PERIOD
-        wrong += int(np.count_nonzero(piece[:whole].reshape(-1, PERIOD) != pattern))
-        wrong += int(np.count_nonzero(piece[whole:] != pattern[: piece.size - whole]))
-    return wrong
-
-
-def spoil(target: Array, pattern: Array, start: int = 0) -> None:
-    """Write values that are wrong everywhere, so that an element never written is noticed."""
-    if target.dtype.name == "bool":
-        fill(target, ~pattern, start)
-    elif target.dtype.kind in "iu":
-        target.fill(np.iinfo(target.dtype).max)
-    else:
-        target.fill(np.nan)
+HOST = Host()
 
 
 # ---------------------------------------------------------------- one operation on one rank
@@ -197,13 +119,14 @@ class Case:
     """One operation on this rank's arrays: `call()` runs it; the rest is (array, pattern, start).
 
     `inputs` are written before the call, `results` must hold after it, `kept` too: with out= an
-    operation leaves its input alone.
+    operation leaves its input alone. `arrays` are all that was allocated.
     """
 
     call: Callable[[], object]
     inputs: list[tuple[Array, Array, int]] = field(default_factory=list)
     results: list[tuple[Array, Array, int]] = field(default_factory=list)
     kept: list[tuple[Array, Array, int]] = field(default_factory=list)
+    arrays: list[Array] = field(default_factory=list)
 
 
 def build(
@@ -214,6 +137,7 @@ def build(
     op: str,
     root: int,
     in_place: bool,
+    target: Target = HOST,
 ) -> Case:
     """Allocate this rank's arrays of `count` elements a block and bind the call to them."""
     n, rank, name = comm.size, comm.rank, operation.name
@@ -223,11 +147,14 @@ def build(
     total = reduced(values, op) if operation.reduces else mine
     block = slice(rank * count, (rank + 1) * count)
 
+    arrays: list[Array] = []
+
     def new(blocks: int = 1) -> Array:
-        return np.empty(blocks * count, dtype=values.dtype)
+        arrays.append(target.empty(blocks * count, values.dtype))
+        return arrays[-1]
 
     def case(call: Callable[[], object], x: Array | None) -> Case:
-        made = Case(call)
+        made = Case(call, arrays=arrays)
         if x is not None:
             made.inputs.append((x, mine, 0))
             if not in_place:
@@ -285,14 +212,15 @@ def build(
     return made
 
 
-def check(case: Case) -> int:
+def check(case: Case, target: Target = HOST) -> int:
     """Run `case` once on fresh data and return the number of wrong elements on this rank."""
-    for piece in case.results:
-        spoil(*piece)
-    for piece in case.inputs:  # second: in place, an input is a part of the result's array
-        fill(*piece)
+    for x, pattern, start in case.results:
+        spoil(target.view(x), pattern, start)
+    for x, pattern, start in case.inputs:  # second: in place, an input is a part of the result's
+        fill(target.view(x), pattern, start)
     case.call()
-    return sum(count_wrong(*piece) for piece in case.results + case.kept)
+    pieces = case.results + case.kept
+    return sum(count_wrong(target.view(x), pattern, start) for x, pattern, start in pieces)
 
 
 # ---------------------------------------------------------------- timing
@@ -300,7 +228,10 @@ def check(case: Case) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run measures and how. Units: budget_s seconds for each row and placement."""
+    """What one run measures and how. Units: budget_s seconds for each row and placement.
+
+    `need` is what a rank's arrays take at most, in bytes. `graph` and `registered` are for NCCL.
+    """
 
     rows: Sequence[Row]
     dtype: str
@@ -310,6 +241,10 @@ class Settings:
     iters: int | None
     budget_s: float
     check: bool
+    backend: str = "host"
+    graph: bool = False
+    registered: bool = False
+    need: int = 0
 
 
 def slowest(comm: Communicator, values: Array) -> Array:
@@ -324,7 +259,7 @@ def agree(comm: Communicator, *numbers: int) -> list[int]:
 
 
 def measure(
-    comm: Communicator, call: Callable[[], object], settings: Settings
+    comm: Communicator, call: Callable[[], object], settings: Settings, target: Target = HOST
 ) -> tuple[Array, int]:
     """Time `call` and return (samples, calls per sample). Units: microseconds per call.
 
@@ -334,33 +269,31 @@ def measure(
         call()
     calls = 1
     while True:
+        sample = target.sampler(call, calls)
         comm.barrier()
-        begin = perf_counter_ns()
-        for _ in repeat(None, calls):
-            call()
-        took = float(slowest(comm, np.array([perf_counter_ns() - begin], dtype=np.float64))[0])
+        took = float(slowest(comm, np.array([sample()], dtype=np.float64))[0])
         enough = took >= CALIBRATION_NS or calls >= 256
         (more,) = agree(comm, 0 if enough else calls * 4)
         if not more:
             break
         calls = more
     each = max(took / calls, 1.0)
-    batch = max(1, math.ceil(SAMPLE_NS / each))
+    batch = max(1, math.ceil(target.sample_ns / each))
     fitting = int(settings.budget_s * 1e9 / (each * batch))
     samples = settings.iters or min(max(fitting, SAMPLES_MIN), SAMPLES_MAX)
     batch, samples = agree(comm, batch, samples)
 
     times = np.zeros(samples, dtype=np.float64)
+    sample = target.sampler(call, batch)
     for i in range(samples):
         comm.barrier()
-        begin = perf_counter_ns()
-        for _ in repeat(None, batch):
-            call()
-        times[i] = perf_counter_ns() - begin
+        times[i] = sample()
     return slowest(comm, times) / (1e3 * batch), batch
 
 
-def run_row(comm: Communicator, row: Row, settings: Settings, salt: int) -> Record:
+def run_row(
+    comm: Communicator, row: Row, settings: Settings, salt: int, target: Target = HOST
+) -> Record:
     """Check and time one operation at one size; the record is complete on rank 0."""
     name, size, count = row
     operation = OPERATIONS[name]
@@ -383,25 +316,42 @@ def run_row(comm: Communicator, row: Row, settings: Settings, salt: int) -> Reco
             continue
         # A new salt each time: what an earlier call left behind cannot pass for a result.
         values = craft(dtype, op, comm.size, 2 * salt + in_place)
-        case = build(comm, operation, count, values, settings.op, settings.root, in_place)
-        wrong = None
-        if settings.check and name != "barrier":
-            mine = np.array([check(case)], dtype=np.int64)
-            gathered = comm.gather(mine, root=0)
-            wrong = int(mine[0] if gathered is None else gathered.sum())
-        # The timed data. In place, each call reduces the result of the one before: with the
-        # neutral element it stays as it is, whereas sums would run into inf, and products or
-        # means into denormals, which some processors are slow on. All pages are touched here.
-        for array, *_ in case.results:
-            array.fill(0)
-        for array, pattern, start in case.inputs:
-            if in_place and operation.reduces:
-                array.fill(1 if op == "prod" else 0)
-            else:
-                fill(array, pattern, start)
-        samples, batch = measure(comm, case.call, settings)
-        record[placement] = statistics(samples, batch, size, operation.factor(comm.size), wrong)
+        case = build(comm, operation, count, values, settings.op, settings.root, in_place, target)
+        with target.known(case.arrays, not operation.rooted):
+            record[placement] = run_case(comm, case, row, settings, in_place, target)
+        del case  # before the next one's arrays are made
     return record
+
+
+def run_case(
+    comm: Communicator,
+    case: Case,
+    row: Row,
+    settings: Settings,
+    in_place: bool,
+    target: Target,
+) -> Record:
+    """Check and time one placement of a row; the record is complete on rank 0."""
+    name, size, _ = row
+    operation = OPERATIONS[name]
+    wrong = None
+    if settings.check and name != "barrier":
+        mine = np.array([check(case, target)], dtype=np.int64)
+        gathered = comm.gather(mine, root=0)
+        wrong = int(mine[0] if gathered is None else gathered.sum())
+    # The timed data. In place, each call reduces the result of the one before: with the
+    # neutral element it stays as it is, whereas sums would run into inf, and products or
+    # means into denormals, which some processors are slow on. All pages are touched here.
+    for array, pattern, _ in case.results:
+        fill(target.view(array), np.zeros(PERIOD, pattern.dtype))
+    for array, pattern, start in case.inputs:
+        if in_place and operation.reduces:
+            neutral = np.ones if settings.op == "prod" else np.zeros
+            fill(target.view(array), neutral(PERIOD, pattern.dtype))
+        else:
+            fill(target.view(array), pattern, start)
+    samples, batch = measure(comm, case.call, settings, target)
+    return statistics(samples, batch, size, operation.factor(comm.size), wrong)
 
 
 # ---------------------------------------------------------------- the rank
@@ -422,6 +372,8 @@ def introduce(comm: Communicator) -> list[Record]:
     """Return on rank 0 who the ranks are: rank, pid, host, cores."""
     cores = cores_text(os.sched_getaffinity(0))
     me = {"rank": comm.rank, "pid": os.getpid(), "host": socket.gethostname()[:64]}
+    if comm.device is not None:
+        me["gpu"] = comm.device
     text = json.dumps(me | {"cores": cores[: HELLO_BYTES - 300]}).encode().ljust(HELLO_BYTES)
     gathered = comm.gather(np.frombuffer(text, dtype=np.uint8), root=0)
     if gathered is None:
@@ -429,19 +381,20 @@ def introduce(comm: Communicator) -> list[Record]:
     return [json.loads(bytes(line)) for line in gathered.reshape(comm.size, HELLO_BYTES)]
 
 
-def run(comm: Communicator, settings: Settings, emit: Callable[[Record], None]) -> None:
+def run(
+    comm: Communicator, settings: Settings, emit: Callable[[Record], None], target: Target = HOST
+) -> None:
     """Measure every row; `emit` is called on rank 0 only."""
     ranks = introduce(comm)
     if comm.rank == 0:
-        hello = {"ranks": ranks, "backend": comm.backend, "transport": comm.transport}
-        emit(
-            {"kind": "hello", "numpy": np.__version__, "python": platform.python_version()} | hello
-        )
+        hello = {"kind": "hello", "ranks": ranks, "numpy": np.__version__}
+        hello |= {"python": platform.python_version(), "backend": settings.backend}
+        emit(hello | {"transport": comm.transport} | target.facts())
     gc.collect()
     gc.disable()  # a collection inside a sample is the benchmark's own noise
     try:
         for salt, row in enumerate(settings.rows):
-            record = run_row(comm, row, settings, salt)
+            record = run_row(comm, row, settings, salt, target)
             if comm.rank == 0:
                 emit({"kind": "row", "result": record})
     finally:
@@ -465,8 +418,20 @@ def main(argv: Sequence[str]) -> int:
         while data:
             data = data[os.write(fd, data) :]
 
-    with mr.init() as comm:
-        run(comm, Settings(**config), emit)
+    settings = Settings(**config)
+    if settings.backend == "host":
+        with mr.init("host") as comm:
+            run(comm, settings, emit)
+        return 0
+    from meshring import bench_device
+
+    try:
+        bench_device.share_a_gpu()
+        with mr.init("nccl") as comm, bench_device.target(comm, settings) as target:
+            run(comm, settings, emit, target)
+    except mr.UsageError as error:
+        print(f"meshring bench: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
