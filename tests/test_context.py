@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import meshring as mr
+from pipeline_model import Dense, data, square_loss, without_pipeline
 from procs import run_ranks
 
 LIMIT = 20.0
@@ -161,3 +162,45 @@ def test_a_job_of_processes() -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("refused:") == 4
     assert "'no such backend'" in result.stdout
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pipeline_along_the_mesh(checkpointing: bool) -> None:
+    """Depth and checkpointing come from the config; the Recompute operations are seen to run."""
+    want, gradients, _ = without_pipeline(2, 8)
+    x, target = data(8)
+
+    def program(comm: mr.Communicator) -> None:
+        c = config(
+            num_devices=4,
+            strategy=S.HYBRID,
+            pipeline_depth=2,
+            gradient_checkpointing=checkpointing,
+        )
+        with mr.ModelParallelContext(c, comm) as ctx:
+            place = ctx.mesh.coordinate(comm.rank)[0]
+            stage = Dense(place)
+            pipeline = ctx.pipeline(stage, 4, loss=square_loss)
+            result = pipeline.run(x, target)
+            if place == 1:
+                assert result.loss == pytest.approx(want, rel=1e-12)
+            assert np.allclose(stage.g, gradients[place])
+            recomputed = checkpointing and place == 0  # the last stage goes straight back
+            assert stage.calls.count("forward") in ((8, 4) if checkpointing else (4,))
+            assert not recomputed or stage.calls.count("forward") == 8
+        with pytest.raises(mr.UsageError, match="closed"):
+            pipeline.run(x, target)
+        comm.barrier()
+
+    mr.run_local(program, 4, timeout=LIMIT)
+
+
+def test_a_pipeline_needs_a_pipeline_axis() -> None:
+    def program(comm: mr.Communicator) -> None:
+        with (
+            mr.ModelParallelContext(config(num_devices=2, strategy="tensor"), comm) as ctx,
+            pytest.raises(mr.UsageError, match="strategy TENSOR has no pipeline axis"),
+        ):
+            ctx.pipeline(Dense(0), 1)
+
+    mr.run_local(program, 2, timeout=LIMIT)

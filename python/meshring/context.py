@@ -14,6 +14,8 @@ from meshring.errors import UsageError
 from meshring.mesh import DeviceMesh
 from meshring.namespace import as_array
 from meshring.partition import Partial, Replicate, Shard
+from meshring.pipeline.execute import Pipeline, build_pipeline
+from meshring.pipeline.schedule import PipelineScheduleType
 from meshring.tensor import DistributedTensor
 from meshring.topology import ModelParallelStrategy, strategy_shape
 
@@ -37,7 +39,7 @@ class ModelParallelConfig:
 
     device_ids: one for each device, 0 to num_devices - 1 by default. pipeline_depth: the number of
     stages of HYBRID. tensor_split_dim: the axis that partition_tensor() and reduce_scatter() cut
-    when they are given none. gradient_checkpointing: kept for the program's own use.
+    when they are given none. gradient_checkpointing: pipeline() keeps inputs only and recomputes.
     backend_name: the registered name of a CUSTOM backend.
     Errors: UsageError that names every field that is wrong.
     """
@@ -150,6 +152,7 @@ class ModelParallelContext:
         self.mesh = config.mesh(comm)
         """The mesh of the strategy, on the communicator."""
         self._all = self.mesh.flatten("all")
+        self._pipelines: list[Pipeline] = []
 
     def rank(self) -> int:
         """Return the number of this rank."""
@@ -228,8 +231,41 @@ class ModelParallelContext:
         """Copy an array of rank `root` (its place, along an axis) to all, in place; return it."""
         return self._along(axis).broadcast(tensor, root)
 
+    def pipeline(
+        self,
+        stages: Any,
+        num_microbatches: int,
+        schedule_type: str | PipelineScheduleType = "1f1b",
+        **options: Any,
+    ) -> Pipeline:
+        """Make a Pipeline along the mesh's pp axis: one rank a stage, or two where the kind folds.
+
+        config.gradient_checkpointing adds the Recompute operations. stages and options: as of
+        Pipeline, for example loss= or data_parallel=ctx.mesh.comm("dp"). All ranks call it; the
+        context closes it. Errors: UsageError for a strategy without a pp axis, and those of
+        Pipeline.
+        """
+        if "pp" not in self.mesh.axis_names:
+            raise UsageError(
+                f"ModelParallelContext.pipeline (rank {self.rank()}/{self.world_size()}): strategy "
+                f"{self.config.strategy.name} has no pipeline axis; take PIPELINE or HYBRID"
+            )
+        made = build_pipeline(
+            stages,
+            num_microbatches,
+            schedule_type,
+            comm=self.mesh.comm("pp"),
+            depth=self.config.pipeline_depth,
+            gradient_checkpointing=self.config.gradient_checkpointing,
+            **options,
+        )
+        self._pipelines.append(made)
+        return made
+
     def close(self) -> None:
-        """Close the communicators of the mesh, then that of the job if the context joined it."""
+        """Close pipelines, the mesh's communicators, then the job's if the context joined it."""
+        for made in self._pipelines:
+            made.close()
         self.mesh.close()
         self._all.close()
         if self._owned:
