@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,16 @@ def dtype_of(dtype: Any) -> np.dtype[Any]:
     try:
         found: Any = np.dtype(dtype)
     except TypeError:
-        ml_dtypes = sys.modules.get("ml_dtypes")
-        if ml_dtypes is None and isinstance(dtype, str):
+        more: Any = sys.modules.get("ml_dtypes")
+        if more is None and isinstance(dtype, str):
             try:
-                import ml_dtypes
+                more = import_module("ml_dtypes")
             except ImportError:
                 raise UsageError(
                     f"dtype {dtype!r} is none of NumPy's; pip install ml_dtypes for bfloat16 and "
                     "float8"
                 ) from None
-        found = getattr(ml_dtypes, str(dtype), None)
+        found = getattr(more, str(dtype), None)
         if found is None:
             raise UsageError(f"dtype {dtype!r} is none of NumPy's or ml_dtypes'") from None
         found = np.dtype(found)
