@@ -296,6 +296,30 @@ double read_seconds(PyObject* object, double otherwise) {
   return s;
 }
 
+double read_scale(PyObject* object, DType dtype, RedOp op) {
+  if (!given(object)) return 1;
+  const double scale = PyFloat_AsDouble(object);
+  if (scale == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    usage("argument 'scale' is " + repr_of(object) + "; give a number");
+  }
+  if (op != RedOp::sum)
+    usage(std::string("argument 'scale' goes with op='sum', and op is '") + name_of(op) +
+          "'; leave it out, or multiply x first");
+  if (info(dtype).cls != DTypeClass::real && info(dtype).cls != DTypeClass::complex)
+    usage(std::string("argument 'scale' is for floating-point and complex arrays, and x is ") +
+          name_of(dtype) + "; convert it with .astype('float64')");
+  return scale;
+}
+
+Array scaled(const Array& x, double factor) {
+  const py::object product = new_array(x.ndim, x.shape(), x.dtype, -1);
+  py::module_::import("numpy").attr("multiply")(x.object, factor, py::arg("out") = product);
+  Array a = read_input(product.ptr(), "x");
+  a.original = x.original;
+  return a;
+}
+
 bool is_auto(PyObject* sizes) {
   return sizes && PyUnicode_Check(sizes) && PyUnicode_CompareWithASCIIString(sizes, "auto") == 0;
 }

@@ -38,6 +38,8 @@ void init_arrays();  // caches numpy's objects; once, at import
 
 // An input; a non-contiguous one is packed. Throws Error(usage) naming the argument.
 Array read_input(PyObject* object, const char* argument);
+// x times a factor, in a new array of the same dtype on the host.
+Array scaled(const Array& x, double factor);
 // An output: contiguous and writable, or refused.
 Array read_output(PyObject* object, const char* argument);
 
@@ -50,7 +52,7 @@ DType dtype_of(PyObject* anything, const char* argument);  // what numpy.dtype()
 std::string repr_of(PyObject* object);
 std::string shape_text(int ndim, const Py_ssize_t* shape);
 
-inline constexpr int kMaxArgs = 8;
+inline constexpr int kMaxArgs = 9;
 
 // The parameters of one method: the first `positional` may be given without a name.
 struct Parameters {
@@ -70,6 +72,8 @@ int64_t read_int(PyObject* object, const char* argument);
 int read_rank(PyObject* object, const char* argument, int n);
 double read_seconds(PyObject* object, double otherwise);  // None or null: otherwise
 void check_op(DType dtype, RedOp op);
+// The factor of a premultiplied sum; 1 when not given. Refuses it for other operators and integers.
+double read_scale(PyObject* object, DType dtype, RedOp op);
 bool is_auto(PyObject* sizes);  // sizes="auto"
 std::vector<int64_t> read_sizes(PyObject* object, int n);
 // The lengths that an axis of length `total` is cut into, by the argument 'sizes' or equally.

@@ -133,7 +133,10 @@ PyObject* gather(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObje
 // ---- reduce_scatter, scatter, all_to_all ----------------------------------------------------
 
 Parameters reduce_scatter_parameters{
-    "reduce_scatter", 5, 1, {"x", "op", "axis", "sizes", "out", "timeout", "async_op", "stream"}};
+    "reduce_scatter",
+    5,
+    1,
+    {"x", "op", "axis", "sizes", "out", "timeout", "async_op", "stream", "scale"}};
 
 PyObject* reduce_scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs,
                          PyObject* kwnames) {
@@ -145,8 +148,9 @@ PyObject* reduce_scatter(PyObject* self, PyObject* const* args, Py_ssize_t nargs
     Call call;
     call.kind = CallKind::reduce_scatter;
     call.op = read_op(v[1]);
-    const Array in = read_input(v[0], "x");
+    Array in = read_input(v[0], "x");
     check_op(in.dtype, call.op);
+    apply_scale(call, in, v[8]);
     describe(call, in);
     const Along a = along(call, in.dtype, in.shape(), in.ndim, v[2] ? read_int(v[2], "axis") : 0);
     std::vector<int64_t> sizes = cut_sizes(v[3], a.length, n);
@@ -335,7 +339,7 @@ PyMethodDef methods[] = {
         "Source: MPI_Gatherv, ncclGather."),
     MESHRING_METHOD(reduce_scatter,
         "reduce_scatter($self, x, op='sum', axis=0, sizes=None, out=None, *, timeout=None, "
-        "async_op=False, stream=None)\n--\n\n"
+        "async_op=False, stream=None, scale=None)\n--\n\n"
         "Reduce x over all ranks and give each rank its part along axis.\n\n"
         "Shapes: (..., L, ...) to (..., L / size, ...); a length that does not divide needs sizes,\n"
         "one per rank, or \"auto\" for numpy.array_split's.\n" MESHRING_COMMON

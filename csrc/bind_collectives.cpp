@@ -1,4 +1,6 @@
 // The collectives of _core.Communicator.
+#include <cstring>
+
 #include "bind_device.hpp"
 #include "bind_run.hpp"
 
@@ -35,12 +37,31 @@ py::object run(PyObject* self, PyCommunicator& comm, Call& call, const Array* in
   return result;
 }
 
+namespace {}  // namespace
+
+void apply_scale(Call& call, Array& in, PyObject* scale) {
+  const double factor = read_scale(scale, in.dtype, call.op);
+  if (factor == 1) return;
+  if (in.device < 0) {
+    in = scaled(in, factor);
+    return;
+  }
+  const DType real = in.dtype == DType::complex64    ? DType::float32
+                     : in.dtype == DType::complex128 ? DType::float64
+                                                     : in.dtype;
+  const py::object number =
+      py::module_::import("numpy").attr("array")(factor, py::handle(descriptor_of(real)));
+  const auto bytes = number.attr("tobytes")().cast<std::string>();
+  call.scaled = true;
+  std::memcpy(&call.scale, bytes.data(), bytes.size());
+}
+
 namespace {
 
 // ---- all_reduce, reduce, broadcast, barrier -------------------------------------------------
 
 Parameters all_reduce_parameters{
-    "all_reduce", 3, 1, {"x", "op", "out", "timeout", "async_op", "stream"}};
+    "all_reduce", 3, 1, {"x", "op", "out", "timeout", "async_op", "stream", "scale"}};
 
 PyObject* all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
   return at_the_door(self, "all_reduce", [&](PyCommunicator& comm) {
@@ -50,9 +71,10 @@ PyObject* all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t nargs, Py
     call.kind = CallKind::all_reduce;
     call.op = read_op(v[1]);
     if (given(v[2])) {
-      const Array in = read_input(v[0], "x");
+      Array in = read_input(v[0], "x");
       const Array out = read_output(v[2], "out");
       check_op(in.dtype, call.op);
+      apply_scale(call, in, v[6]);
       whole(call, in);
       check_out(out, call, in);
       check_overlap(in, out.data, out.bytes(), out.data);
@@ -64,6 +86,12 @@ PyObject* all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t nargs, Py
     check_op(x.dtype, call.op);
     whole(call, x);
     call.in = call.out = x.data;
+    if (given(v[6])) {
+      Array in = x;
+      apply_scale(call, in, v[6]);
+      call.in = in.data;
+      return run(self, comm, call, &in, &x, x.original, {v[3], v[4], v[5]});
+    }
     return run(self, comm, call, &x, nullptr, x.original, {v[3], v[4], v[5]});
   });
 }
@@ -94,7 +122,7 @@ PyObject* broadcast(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyO
 }
 
 Parameters reduce_parameters{
-    "reduce", 4, 1, {"x", "op", "root", "out", "timeout", "async_op", "stream"}};
+    "reduce", 4, 1, {"x", "op", "root", "out", "timeout", "async_op", "stream", "scale"}};
 
 PyObject* reduce(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
   return at_the_door(self, "reduce", [&](PyCommunicator& comm) {
@@ -104,8 +132,9 @@ PyObject* reduce(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObje
     call.kind = CallKind::reduce;
     call.op = read_op(v[1]);
     call.root = v[2] ? read_rank(v[2], "root", comm.c->size()) : 0;
-    const Array in = read_input(v[0], "x");
+    Array in = read_input(v[0], "x");
     check_op(in.dtype, call.op);
+    apply_scale(call, in, v[7]);
     whole(call, in);
     call.in = in.data;
     if (call.root != comm.c->rank())
@@ -131,9 +160,11 @@ PyObject* barrier(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObj
 // clang-format off
 PyMethodDef methods[] = {
     MESHRING_METHOD(all_reduce,
-        "all_reduce($self, x, op='sum', out=None, *, timeout=None, async_op=False, stream=None)\n--\n\n"
+        "all_reduce($self, x, op='sum', out=None, *, timeout=None, async_op=False, stream=None, "
+        "scale=None)\n--\n\n"
         "Reduce x element by element over all ranks, in rank order, to every rank.\n\n"
         "op: sum, prod, min, max or mean. Without out, x itself is overwritten and returned.\n"
+        "scale: of a sum, a number that every x is multiplied by first (NCCL's premultiplied sum).\n"
         "Shapes: any, the same on all ranks; out like x.\n" MESHRING_COMMON
         "Source: MPI_Allreduce, ncclAllReduce."),
     MESHRING_METHOD(broadcast,
@@ -142,7 +173,8 @@ PyMethodDef methods[] = {
         "Shapes: any, the same on all ranks.\n" MESHRING_COMMON
         "Source: MPI_Bcast, ncclBroadcast."),
     MESHRING_METHOD(reduce,
-        "reduce($self, x, op='sum', root=0, out=None, *, timeout=None, async_op=False, stream=None)\n--\n\n"
+        "reduce($self, x, op='sum', root=0, out=None, *, timeout=None, async_op=False, stream=None, "
+        "scale=None)\n--\n\n"
         "Reduce x over all ranks to rank root; the others get None.\n\n"
         "Shapes: any, the same on all ranks; out (read on root only) like x.\n" MESHRING_COMMON
         "Source: MPI_Reduce, ncclReduce."),

@@ -229,6 +229,26 @@ py::object split(PyCommunicator& comm, py::object color, py::object key, py::obj
   });
 }
 
+py::object shrink(PyCommunicator& comm, const py::object& exclude, const py::object& timeout) {
+  return with_door(comm, "shrink", [&]() -> py::object {
+    std::vector<int> excluded;
+    if (!PySequence_Check(exclude.ptr()) || PyUnicode_Check(exclude.ptr()))
+      usage("argument 'exclude' is " + repr_of(exclude.ptr()) + "; give a list of ranks");
+    for (const auto item : exclude)
+      excluded.push_back(read_rank(item.ptr(), "exclude", comm.c->size()));
+    const double seconds = read_seconds(timeout.ptr(), comm.c->timeout());
+    const Inside inside(comm);
+    const uint32_t site = site_of(comm.c->world());
+    std::unique_ptr<Communicator> part;
+    {
+      GilHooks hooks;
+      hooks.release();
+      part = comm.c->shrink(std::move(excluded), site, seconds, hooks);
+    }
+    return py::cast(std::make_unique<PyCommunicator>(std::move(part)));
+  });
+}
+
 void close(PyCommunicator& comm) {
   if (comm.busy || comm.waiting > 0)
     usage(door_of(comm, "close") +
@@ -302,6 +322,7 @@ void bind_communicator(py::module_& m) {
       .def_property_readonly("packed_bytes", [](const PyCommunicator& c) { return c.packed_bytes; })
       .def_property_readonly("unfinished", [](const PyCommunicator& c) { return c.dropped; })
       .def("_split", &split, py::arg("color"), py::arg("key"), py::arg("timeout"))
+      .def("_shrink", &shrink, py::arg("exclude"), py::arg("timeout"))
       .def("_begin_group",
            [](PyCommunicator& c) {
              with_door(c, "group", [&c] {

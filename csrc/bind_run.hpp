@@ -12,6 +12,9 @@ struct Options {
   PyObject* stream = nullptr;
 };
 
+// The argument 'scale': on a GPU NCCL multiplies, on the host a scaled copy takes the place of x.
+void apply_scale(Call& call, Array& in, PyObject* scale);
+
 // Runs a call, or starts it with async_op=True, on the host or on the GPU of its arrays.
 py::object run(PyObject* self, PyCommunicator& comm, Call& call, const Array* in, const Array* out,
                py::object result, const Options& options);

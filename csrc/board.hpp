@@ -107,6 +107,9 @@ RecordCopy copy_of(const Record& record);
 // The last calls of one rank on one communicator.
 struct alignas(128) RecordRing {
   std::atomic<uint64_t> written;
+  // The region that this rank has made for the survivors of a shrink(), and of which one.
+  std::atomic<uint64_t> offer;
+  std::atomic<int64_t> offered_region;
   Record records[kRecords];
   Record& at(uint64_t i) { return records[i % kRecords]; }
   const Record& at(uint64_t i) const { return records[i % kRecords]; }

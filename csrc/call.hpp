@@ -25,12 +25,13 @@ enum class CallKind : uint8_t {
   split,
   synchronize,
   init,
+  shrink,
 };
 
 inline constexpr const char* kCallNames[] = {
-    "nothing", "all_reduce", "all_gather", "reduce_scatter", "broadcast",
-    "reduce",  "gather",     "scatter",    "all_to_all",     "barrier",
-    "send",    "recv",       "split",      "synchronize",    "init"};
+    "nothing", "all_reduce",  "all_gather", "reduce_scatter", "broadcast", "reduce",
+    "gather",  "scatter",     "all_to_all", "barrier",        "send",      "recv",
+    "split",   "synchronize", "init",       "shrink"};
 constexpr const char* name_of(CallKind k) { return kCallNames[static_cast<size_t>(k)]; }
 
 constexpr bool has_op(CallKind k) {
@@ -70,6 +71,10 @@ struct Call {
   // Uneven: the length of rank i's block (n entries); all_to_all: what i sends to j at i * n + j.
   std::vector<int64_t> sizes;
   int64_t dims[kMaxDims] = {};
+  // Of a sum on a GPU: each rank's elements are multiplied by this number first, whose bytes, in
+  // the dtype (of the real part), are these.
+  bool scaled = false;
+  uint64_t scale = 0;
 };
 
 // What must be equal on all ranks, in one number: compared before any data moves.
@@ -89,6 +94,7 @@ inline uint64_t signature(const Call& c) {
   mix(static_cast<uint64_t>(c.unit));
   mix(static_cast<uint64_t>(c.length));
   for (int64_t s : c.sizes) mix(static_cast<uint64_t>(s));
+  if (c.scaled) mix(c.scale);
   return h;
 }
 

@@ -23,7 +23,6 @@ void count_forks() {
 size_t board_bytes(int n) {
   return (sizeof(RecordRing) * static_cast<size_t>(n) + 4095) / 4096 * 4096;
 }
-size_t region_bytes(int n) { return board_bytes(n) + host::Region::bytes(n); }
 
 // Of the worker: it leaves its collective when the communicator is given up or closed for good.
 class AbortHooks final : public Hooks {
@@ -42,6 +41,8 @@ std::vector<int> all_ranks(int n) {
 }
 
 }  // namespace
+
+size_t Communicator::region_bytes(int n) { return board_bytes(n) + host::Region::bytes(n); }
 
 std::shared_ptr<Segment> Communicator::new_job(int size) {
   std::shared_ptr<Segment> segment = Segment::create(size);
@@ -112,12 +113,16 @@ void Communicator::give_up() {
   poison(Error(Trouble::interrupted, ""), "abort() was called on this rank");
 }
 
-void Communicator::check_usable() const {
+void Communicator::check_mine() const {
   if (closed_) usage("this communicator is closed; make a new one");
   if (forks_ != forks.load(std::memory_order_relaxed))
     usage(
         "this process is a fork of a rank, not a rank; start ranks with `meshring run`, and helper "
         "processes with multiprocessing's \"spawn\"");
+}
+
+void Communicator::check_usable() const {
+  check_mine();
   if (is_poisoned_.load(std::memory_order_acquire)) {
     if (device_health_ && device_health_->failed.load() && !told_.exchange(true))
       throw *device_health_->get();

@@ -76,6 +76,10 @@ class Communicator {
   // The ranks of equal colour, ordered by (key, rank); null for colour -1. Collective.
   std::unique_ptr<Communicator> split(int64_t color, int64_t key, uint32_t site, double timeout,
                                       Hooks& hooks);
+  // The ranks that `excluded` does not name; those call it, all with the same list. Works on a
+  // communicator that cannot be used any more.
+  std::unique_ptr<Communicator> shrink(std::vector<int> excluded, uint32_t site, double timeout,
+                                       Hooks& hooks);
   // Waits until all that was started on this rank is done.
   void synchronize(double timeout, Hooks& hooks);
 
@@ -101,6 +105,7 @@ class Communicator {
   void give_up();  // tells the peers, ends what runs; only close and trace work afterwards
   // Throws Error(usage) when closed, poisoned or in a forked child.
   void check_usable() const;
+  void check_mine() const;  // closed or in a forked child only
 
   struct TraceRow {
     int rank;
@@ -114,12 +119,17 @@ class Communicator {
  private:
   Communicator(std::shared_ptr<World> world, int region, std::vector<int> world_ranks, int rank,
                double timeout);
+  static size_t region_bytes(int n);  // of n ranks
   uint64_t begin(const Call& call, uint64_t seq);
   void end(uint64_t record, CallState state);
   // Completes the sentence, poisons where the trouble asks for it, and throws.
   [[noreturn]] void fail(const Error& error, const Call& call, uint64_t seq, Deadline& deadline);
   void poison(const Error& error, const std::string& text);
   std::unique_ptr<nccl::NcclBackend> new_device();
+  int64_t survivors_region(int leader, int n, uint64_t offer, const Call& call, Deadline& deadline,
+                           Hooks& hooks);
+  void shrink_device(Communicator* part, const std::vector<int>& excluded, const Call& call,
+                     double timeout, Hooks& hooks);
   void split_device(Communicator* part, int color, int key, double timeout, Hooks& hooks);
   void compare(const Call& call, WaitContext& wait);
   void device_failed(const Error& error, uint64_t record);
@@ -156,6 +166,7 @@ class Communicator {
   RankEntry* entry_;
   uint64_t seq_ = 0;      // collectives so far
   uint64_t written_ = 0;  // records so far
+  uint64_t shrinks_ = 0;
   std::atomic<bool> closed_{false};
   std::atomic<bool> abort_{false};  // the worker is to leave its collective
   std::atomic<bool> is_poisoned_{false};

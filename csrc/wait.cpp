@@ -37,6 +37,15 @@ Patience patience_for(int ranks_here) {
   return p;
 }
 
+void wait_a_moment(int round) {
+  if (round < 200) {
+    sched_yield();
+    return;
+  }
+  const timespec t{0, round < 2000 ? 50000 : 1000000};
+  nanosleep(&t, nullptr);
+}
+
 namespace detail {
 
 int64_t now_ns() {

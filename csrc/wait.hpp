@@ -46,6 +46,9 @@ inline void cpu_pause() {
 #endif
 }
 
+// Between two looks at something that tells nobody when it changes: yields first, then sleeps.
+void wait_a_moment(int round);
+
 namespace detail {
 int64_t now_ns();
 void yield_once();

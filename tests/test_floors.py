@@ -42,7 +42,7 @@ CPP = {
         "nccl/enqueue",
         "nccl/nccl_backend",
     },
-    4: {"communicator", "communicator_device", "report", "worker"},
+    4: {"communicator", "communicator_device", "report", "shrink", "worker"},
     5: {
         "bind_arguments",
         "bind_blocks",

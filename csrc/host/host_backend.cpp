@@ -298,6 +298,7 @@ void HostBackend::consume(const Call& call, const Blocks& blocks, int64_t lo, in
     case CallKind::split:
     case CallKind::synchronize:
     case CallKind::init:
+    case CallKind::shrink:
       return;
   }
 }
@@ -404,6 +405,7 @@ void HostBackend::directly(const Call& call, const Blocks& blocks, WaitContext& 
     case CallKind::split:
     case CallKind::synchronize:
     case CallKind::init:
+    case CallKind::shrink:
       break;
   }
   step(sign, wait);

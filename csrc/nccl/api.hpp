@@ -121,7 +121,6 @@ struct Config {
   X(gather, ncclGather, 22803, Result,                                                             \
     (const void*, void*, size_t, DataType, int, Handle, Stream))                                   \
   X(scatter, ncclScatter, 22803, Result,                                                           \
-    (const void*, void*, size_t, DataType, int, Handle, Stream))                                   \
-  X(revoke, ncclCommRevoke, 22807, Result, (Handle, int))
+    (const void*, void*, size_t, DataType, int, Handle, Stream))
 
 }  // namespace meshring::nccl

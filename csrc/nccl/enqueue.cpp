@@ -123,6 +123,30 @@ class Enqueue::Group {
   Enqueue& e_;
 };
 
+// An operator of NCCL, made for one call where it multiplies first.
+class Enqueue::Operator {
+ public:
+  Operator(Enqueue& e, const Call& call)
+      : e_(e), made_(call.scaled), op_(op_of(call.dtype, call.op)) {
+    if (!made_) return;
+    uint64_t scalar = call.scale;
+    e.check(e.nccl_.create_premul_sum(&op_, &scalar, wire_of(call.dtype).type, Residence::host,
+                                      e.b_.handle_),
+            "ncclRedOpCreatePreMulSum");
+  }
+  ~Operator() {
+    if (made_) e_.nccl_.destroy_op(op_, e_.b_.handle_);
+  }
+  Operator(const Operator&) = delete;
+  Operator& operator=(const Operator&) = delete;
+  operator Op() const { return op_; }
+
+ private:
+  Enqueue& e_;
+  const bool made_;
+  Op op_;
+};
+
 void Enqueue::check(Result result, const char* function) {
   if (grouped_ && result == Result::in_progress) return;  // ncclGroupEnd will tell
   b_.check(result, function, wait_);
@@ -190,6 +214,7 @@ void Enqueue::one(const Call& call) {
     case CallKind::split:
     case CallKind::synchronize:
     case CallKind::init:
+    case CallKind::shrink:
       break;
   }
   usage(std::string(name_of(call.kind)) + " is not for arrays on a GPU");
@@ -206,7 +231,7 @@ void Enqueue::transfer(const Call& call) {
 void Enqueue::reduction(const Call& call) {
   const Wire wire = wire_of(call.dtype);
   const size_t count = size(call.length * wire.each);
-  const Op op = op_of(call.dtype, call.op);
+  const Operator op(*this, call);
   if (call.kind == CallKind::all_reduce)
     check(nccl_.all_reduce(call.in, call.out, count, wire.type, op, b_.handle_, call.stream),
           "ncclAllReduce");
@@ -322,7 +347,7 @@ void Enqueue::gather(const Call& call) {
 
 void Enqueue::reduce_scatter(const Call& call) {
   const Wire wire = wire_of(call.dtype);
-  const Op op = op_of(call.dtype, call.op);
+  const Operator op(*this, call);
   const Blocks blocks(call, b_.size_);
   const int64_t element = static_cast<int64_t>(size_of(call.dtype));
   device::Scratch held;
@@ -334,7 +359,7 @@ void Enqueue::reduce_scatter(const Call& call) {
     packed = held.data();
   }
   if (!call.sizes.empty()) {
-    reduce_scatter_uneven(call, packed);
+    reduce_scatter_uneven(call, packed, op);
     return;
   }
   check(nccl_.reduce_scatter(packed, call.out, size(blocks.bytes(0, 0) / element * wire.each),
@@ -342,9 +367,8 @@ void Enqueue::reduce_scatter(const Call& call) {
         "ncclReduceScatter");
 }
 
-void Enqueue::reduce_scatter_uneven(const Call& call, const char* packed) {
+void Enqueue::reduce_scatter_uneven(const Call& call, const char* packed, Op op) {
   const Wire wire = wire_of(call.dtype);
-  const Op op = op_of(call.dtype, call.op);
   const Blocks blocks(call, b_.size_);
   const int n = b_.size_;
   const int64_t element = static_cast<int64_t>(size_of(call.dtype));

@@ -16,6 +16,7 @@ class Enqueue {
  private:
   // Between ncclGroupStart and ncclGroupEnd; ends the group too when it is left by an exception.
   class Group;
+  class Operator;
 
   void one(const Call& call);
   void reduction(const Call& call);
@@ -27,7 +28,7 @@ class Enqueue {
   void transfer(const Call& call);
 
   void gather_uneven(const Call& call, char* packed);
-  void reduce_scatter_uneven(const Call& call, const char* packed);
+  void reduce_scatter_uneven(const Call& call, const char* packed, Op op);
   void copy(void* to, const void* from, int64_t bytes, Stream stream);
   device::Scratch scratch(const Call& call, int64_t bytes);
   void check(Result result, const char* function);

@@ -1,8 +1,5 @@
 #include "nccl_backend.hpp"
 
-#include <sched.h>
-#include <time.h>
-
 #include <algorithm>
 #include <array>
 
@@ -29,15 +26,6 @@ int64_t expiry(int64_t now, double seconds) {
 TryLock& turn_of(int device) {
   static std::array<TryLock, 64> turns;
   return turns[static_cast<size_t>(device) % turns.size()];
-}
-
-void nap(int round) {
-  if (round < 200) {
-    sched_yield();
-    return;
-  }
-  const timespec t{0, round < 2000 ? 50000 : 1000000};
-  nanosleep(&t, nullptr);
 }
 
 }  // namespace
@@ -102,7 +90,7 @@ NcclBackend::NcclBackend(Backend& host, int rank, int size, int device, Listener
 NcclBackend::~NcclBackend() {
   unwatch(this);
   if (!handle_) return;
-  for (int round = 0; !turn_.try_lock(); ++round) nap(round);
+  for (int round = 0; !turn_.try_lock(); ++round) wait_a_moment(round);
   const std::lock_guard<TryLock> guard(turn_, std::adopt_lock);
   const device::OnDevice here(device_);
   nccl_.abort(handle_);
@@ -115,7 +103,7 @@ NcclBackend::Turn::Turn(NcclBackend& backend, WaitContext& wait)
   if (!backend.turn_.try_lock()) {
     wait.hooks.release();
     for (int round = 0; !backend.turn_.try_lock(); ++round) {
-      nap(round);
+      wait_a_moment(round);
       if (wait.deadline.passed())
         throw Error(Trouble::deadline, "another communicator of this process kept GPU " +
                                            std::to_string(backend.device_) + " busy");
@@ -163,7 +151,7 @@ void NcclBackend::settle(Handle handle, const char* function, WaitContext& wait)
       for (int p = 0; p < size_; ++p)
         if (p != rank_ && host_.has_left(p)) throw Error(Trouble::peer_lost, "", {p});
     }
-    nap(round);
+    wait_a_moment(round);
   }
 }
 
@@ -322,7 +310,7 @@ void NcclBackend::wait_for(Transfer& transfer, WaitContext& wait) {
     if (wait.deadline.passed()) throw Error(Trouble::deadline, "the GPU has not come so far");
     if (round % 64 == 63 && wait.hooks.interrupted())
       throw Error(Trouble::interrupted, "interrupted");
-    nap(round);
+    wait_a_moment(round);
   }
   if (const std::optional<Error> error = transfer.error()) throw *error;
   ask_nccl(wait);
@@ -341,7 +329,7 @@ void NcclBackend::ask_nccl(WaitContext& wait) {
       const device::OnDevice here(device_);
       if (const std::optional<Error> error = diagnose(now_ns())) abort(*error);
     }
-    nap(round);
+    wait_a_moment(round);
   }
 }
 

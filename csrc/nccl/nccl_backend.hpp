@@ -67,6 +67,7 @@ class NcclBackend final : public DeviceBackend, public Watched {
 
   const char* name() const override { return "nccl"; }
   int device() const { return device_; }
+  bool alive() const { return !health_->failed.load() && !give_up_.load(); }
   const std::shared_ptr<Health>& health() const { return health_; }
   void enqueue(const Call* calls, size_t count, uint64_t record, WaitContext& wait) override;
   std::shared_ptr<Transfer> mark(const Call& call) override;

@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
@@ -58,6 +58,18 @@ class Communicator(_core.Communicator):
         """
         part = self._split(color, key, timeout)
         return None if part is None else type(self)(part)
+
+    def shrink(self, exclude: Sequence[int], *, timeout: float | None = None) -> Communicator:
+        """Make a communicator of the ranks that `exclude` does not name, in their order.
+
+        Those ranks call it, all with the same list; it works after a PeerLostError or
+        DeadlineError, for example with the ranks that the error names. The old communicator is
+        still to be closed. On a GPU NCCL's communicator shrinks where it lives, else it is made
+        anew. Units: timeout in seconds.
+        Errors: UsageError, DeadlineError and PeerLostError when a survivor does not come.
+        Source: MPIX_Comm_shrink, ncclCommShrink.
+        """
+        return type(self)(self._shrink(exclude, timeout))
 
     @contextmanager
     def group(self, *, timeout: float | None = None) -> Iterator[None]:
