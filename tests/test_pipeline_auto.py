@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from meshring.pipeline import PipelineSchedule
-from test_pipeline_simulate import PUBLISHED
+from pipeline_published import PUBLISHED
 
 SIZES = {8: (4096, 32), 16: (5120, 40), 32: (6144, 48)}  # hidden size and heads of the models
 
