@@ -53,7 +53,7 @@ def test_one_order_runs_under_every_semantics(kind: str) -> None:
 @pytest.mark.parametrize("how", BESIDE, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_queues_per_pair_reach_the_bound(kind: str, how: Semantics) -> None:
-    for p, m in ((2, 4), (3, 4), (4, 9), (6, 13)):
+    for p, m in ((2, 4), (3, 4), (5, 11)):
         schedule = made(kind, p, m)
         for comm in (0.05, 0.3, 1.0):
             bound = schedule.simulate(comm=comm).makespan
@@ -65,11 +65,11 @@ def test_queues_per_pair_reach_the_bound(kind: str, how: Semantics) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_slower_than_one_operation_a_round(kind: str, how: Semantics) -> None:
     """The order of torch's default lowering."""
-    for p, m in ((2, 4), (3, 7), (4, 8)):
+    for p, m in ((2, 4), (4, 7)):
         schedule = made(kind, p, m)
         rounds = schedule.replaced(in_rounds(Wiring(schedule)), semantics=str(how))
         rounds.validate()
-        for costs in COSTS:
+        for costs in COSTS[1:]:
             time = schedule.lower(how, **costs).simulate(**costs).makespan
             assert time <= rounds.simulate(**costs).makespan * (1 + 1e-9), (p, m, costs)
 

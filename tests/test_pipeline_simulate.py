@@ -11,24 +11,7 @@ from meshring import UsageError
 from meshring.pipeline import OpKind, PipelineSchedule
 from meshring.pipeline.semantics import ALL
 from meshring.pipeline.timeline import COMPUTE, RECV, SEND
-
-# p, m, F, I, W, c in µs, then the bubble rates of 1F1B, ZB-H1, ZB-H2, ZB-1p and ZB-2p
-# Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024, the tables of profiled times and
-# of bubble rates.
-PUBLISHED = [
-    (8, 24, 18522, 18086, 9337, 601, 0.2431, 0.1585, 0.1083, 0.1585, 0.0433),
-    (8, 32, 18513, 18086, 9331, 626, 0.1985, 0.1242, 0.0837, 0.1242, 0.0039),
-    (8, 64, 18546, 18097, 9321, 762, 0.1240, 0.0674, 0.0444, 0.0674, 0.0026),
-    (8, 24, 29718, 29444, 19927, 527, 0.2347, 0.1323, 0.0698, 0.1323, 0.0029),
-    (8, 32, 29802, 29428, 19530, 577, 0.1898, 0.1045, 0.0559, 0.1045, 0.0022),
-    (8, 64, 29935, 29621, 19388, 535, 0.1091, 0.0554, 0.0294, 0.0554, 0.0010),
-    (16, 48, 11347, 11248, 8132, 377, 0.2552, 0.1397, 0.0672, 0.1397, 0.0066),
-    (16, 64, 11307, 11254, 8101, 379, 0.2082, 0.1088, 0.0516, 0.1088, 0.0054),
-    (16, 128, 11325, 11308, 8109, 378, 0.1251, 0.0576, 0.0266, 0.0576, 0.0028),
-    (32, 96, 10419, 10207, 7715, 408, 0.2646, 0.1421, 0.0641, 0.1421, 0.0038),
-    (32, 128, 10408, 10204, 7703, 408, 0.2168, 0.1106, 0.0490, 0.1106, 0.0029),
-    (32, 256, 10402, 10248, 7698, 460, 0.1352, 0.0594, 0.0257, 0.0594, 0.0018),
-]
+from pipeline_published import PUBLISHED
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"p{row[0]}-m{row[1]}-{row[2]}")
