@@ -140,6 +140,7 @@ def main() -> None:
     if options.child:
         child(options)
         return
+    before = os.getloadavg()
     plans = plan_times()
     median, slowest = plans["median_ms"], plans["max_ms"]
     print(f"plans for 1024 ranks: median {median:.1f} ms, slowest {slowest:.1f} ms")
@@ -159,7 +160,14 @@ def main() -> None:
                 f"{row['ratio_to_strided']:11.2f}  {', '.join(row['steps'])}"
             )
     if options.json:
-        Path(options.json).write_text(json.dumps({"plans": plans, "runs": rows}, indent=1) + "\n")
+        environment = {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average_before": before,
+            "rounds": options.rounds,
+        }
+        report = {"environment": environment, "plans": plans, "runs": rows}
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

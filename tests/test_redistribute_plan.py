@@ -169,6 +169,25 @@ def test_plans_print_and_are_json() -> None:
     assert across["received_bytes"] == [0, 0, 0, 0, 16, 16]
 
 
+def test_both_ways_of_counting_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = mr.DeviceMesh((2, 4), ("a", "b"), ranks=[7, 1, 3, 0, 2, 6, 5, 4])
+    pairs = list(itertools.product(itertools.product((R, S0, S1), repeat=2), repeat=2))
+    ways = [Exchange(mr.Sharding(mesh, (9, 7), p), mr.Sharding(mesh, (9, 7), q)) for p, q in pairs]
+    dense = [way.totals() for way in ways]
+    monkeypatch.setattr("meshring.exchange._MAX_PAIRS", 0)
+    for way, want in zip(ways, dense, strict=True):
+        for got, expected in zip(way.totals(), want, strict=True):
+            assert (got == expected).all()
+
+
+def test_plan_of_20_000_ranks_that_cut_one_axis() -> None:
+    mesh = mr.DeviceMesh((20, 1000), ("a", "b"))
+    plan = mr.plan(mesh, (20_011,), (S0, R), (R, S0))
+    assert sum(plan.received_bytes) > 0
+    own = Exchange(plan.source, plan.target)
+    assert plan.received_bytes[12_345] == 4 * sum(elements(b) for _, b in own.receives(12_345))
+
+
 def test_plan_of_1024_ranks_has_every_rank_s_bytes() -> None:
     mesh = mr.DeviceMesh((8, 8, 16), ("pp", "dp", "tp"))
     plan = mr.plan(mesh, (1003, 4096), (S0, S0, S1), (S1, S0, S0))

@@ -35,7 +35,7 @@ def _sharding(name: str, x: Any, tensors: Sequence[TensorBase]) -> Any:
     if isinstance(x, TensorBase):
         return x.sharding.bare
     if getattr(x, "shape", ()):
-        why = f"the other operand is a plain array of shape {x.shape}, the whole or a part?"
+        why = f"the other operand is a plain array {x.shape}, which could be the whole or a part"
         rules.refuse(name, shardings_of(tensors), why, _MAKE_ONE)
     return None
 

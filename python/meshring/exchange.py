@@ -19,6 +19,10 @@ from meshring.partition import Box, Shard, Sharding
 Counts = NDArray[np.int64]
 
 
+# Pairs of parts of one tensor axis up to which all are compared at once, in 128 MiB.
+_MAX_PAIRS = 1 << 24
+
+
 class Piece(NamedTuple):
     """A region that goes to or comes from a peer, in indices of the source tensor."""
 
@@ -142,7 +146,13 @@ class Exchange:
 
         Shapes: those of the mesh; with two meshes, one entry for each of ranks().
         """
-        return self._totals_on_one_mesh() if self.one_mesh else self._totals_by_rank()
+        pairs = (
+            math.prod(self.source.mesh.shape[m] for m in self.source.nests[a])
+            * math.prod(self.target.mesh.shape[m] for m in self.target.nests[a])
+            for a in range(self.source.ndim)
+        )
+        dense = self.one_mesh and max(pairs, default=1) <= _MAX_PAIRS
+        return self._totals_on_one_mesh() if dense else self._totals_by_rank()
 
     def ranks(self) -> Counts:
         """Return the ranks that the totals are for."""
@@ -152,15 +162,15 @@ class Exchange:
 
     def _totals_by_rank(self) -> Totals:
         ranks = self.ranks()
-        place = {int(r): i for i, r in enumerate(ranks)}
-        received, sent, messages = (np.zeros(len(ranks), np.int64) for _ in range(3))
+        place = {r: i for i, r in enumerate(ranks.ravel().tolist())}
+        received, sent, messages = (np.zeros(ranks.size, np.int64) for _ in range(3))
         for rank in self.target.mesh.ranks.ravel().tolist():
             for peer, box in self.receives(rank):
                 count = elements(box)
                 received[place[rank]] += count
                 sent[place[peer]] += count
                 messages[place[peer]] += 1
-        return Totals(received, sent, messages)
+        return Totals(*(a.reshape(ranks.shape) for a in (received, sent, messages)))
 
     def _totals_on_one_mesh(self) -> Totals:
         mesh, axes = self.source.mesh, range(self.source.ndim)
@@ -173,9 +183,9 @@ class Exchange:
             kept *= np.maximum(np.minimum(e, f) - np.maximum(s, t), 0)
         # Every pair of ranks at once: what they share along each tensor axis, multiplied. A letter
         # per mesh axis of the sender, another of the receiver where both need not be equal.
-        letters = {m: m for m in range(mesh.ndim)}
-        others = {m: m if m in self._copies else m + mesh.ndim for m in range(mesh.ndim)}
-        operands: list[Any] = []
+        receiver = [m if m in self._copies else m + mesh.ndim for m in range(mesh.ndim)]
+        shared: list[Any] = []
+        names: list[list[int]] = []
         for a in axes:
             s, e = self.source.cuts(a)
             t, f = (cut + self.origin[a] for cut in self.target.cuts(a))
@@ -183,19 +193,24 @@ class Exchange:
             common = np.asarray(np.minimum(f.reshape(shape), e))
             common -= np.maximum(t.reshape(shape), s)
             np.maximum(common, 0, out=common)
-            names = [others[m] for m in self.target.nests[a]]
-            names += [letters[m] for m in self.source.nests[a]]
-            operands += [common, names]
-        for m in range(mesh.ndim):  # so that each letter occurs
-            operands += [np.ones(mesh.shape[m], np.int64), [letters[m]]]
-            if others[m] != letters[m]:
-                operands += [np.ones(mesh.shape[m], np.int64), [others[m]]]
-        out = list(letters.values())
-        einsum: Any = np.einsum
-        sent = einsum(*operands, out, optimize="greedy") - kept
-        counted = [np.sign(o) if isinstance(o, np.ndarray) else o for o in operands]
-        messages = einsum(*counted, out, optimize="greedy") - (kept > 0)
+            shared.append(common)
+            names.append([*(receiver[m] for m in self.target.nests[a]), *self.source.nests[a]])
+        sent = self._summed(shared, names, receiver) - kept
+        messages = self._summed([np.sign(o) for o in shared], names, receiver) - (kept > 0)
         return Totals(wanted - kept, sent, messages)
+
+    def _summed(self, shared: list[Any], names: list[list[int]], receiver: list[int]) -> Counts:
+        """The product of arrays, summed over all receivers of each sender."""
+        shape = self.source.mesh.shape
+        present = {letter for each in names for letter in each}
+        senders = [m for m in range(len(shape)) if m in present]
+        operands = [x for pair in zip(shared, names, strict=True) for x in pair]
+        einsum: Any = np.einsum
+        total = einsum(*operands, senders, optimize="greedy") if operands else np.ones((), np.int64)
+        alike = (shape[m] for m, letter in enumerate(receiver) if letter not in {*present, m})
+        placed = np.asarray(total).reshape([n if m in senders else 1 for m, n in enumerate(shape)])
+        found: Counts = np.broadcast_to(placed, shape) * math.prod(alike)
+        return found
 
 
 def _cells(sharding: Sharding, box: Box) -> Iterator[tuple[tuple[tuple[int, int], ...], Box]]:

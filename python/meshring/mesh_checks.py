@@ -83,7 +83,7 @@ def check_communicator(
     size, most = layout.size, int(layout.max())
     if most >= comm.size or (not own and size != comm.size):
         raise UsageError(
-            f"DeviceMesh (rank {comm.rank}/{comm.size}): the mesh {tuple(shape)} has {size} places "
-            f"to rank {most}, and the communicator {comm.size} ranks; start {most + 1} with "
+            f"DeviceMesh (rank {comm.rank}/{comm.size}): the mesh {tuple(shape)} has {size} "
+            f"places, to rank {most}, and there are {comm.size} ranks; start {most + 1} with "
             f"meshring run -n {most + 1}, change the shape, or say which ranks with ranks="
         )

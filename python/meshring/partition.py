@@ -241,7 +241,7 @@ class Sharding:
         if not -ndim <= axis < ndim:
             raise UsageError(
                 f"Sharding: {placement} along mesh axis {self.mesh.axis_names[m]!r}: a tensor of "
-                f"shape {self.shape} has no axis {axis}"
+                f"shape {self.shape} has no axis {axis}; give one from {-ndim} to {ndim - 1}"
             )
         if placement.sizes is not None and len(placement.sizes) != self.mesh.shape[m]:
             raise UsageError(

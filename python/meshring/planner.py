@@ -323,7 +323,8 @@ def _chain(source: Sharding, target: Sharding) -> list[Step] | None:
                 if current.nests[axis][-1] != m:
                     return None
                 after = _with(current, m, Replicate())
-                counts = Exchange(current, after).totals()
+                mine, peers = _local_sizes(current), mesh.shape[m] - 1
+                counts = (_local_sizes(after) - mine, peers * mine, peers * np.sign(mine))
                 steps.append(_step("all_gather", [m], current, after, counts))
                 current = after
     if not current.same_regions(target):
