@@ -62,6 +62,8 @@ class Backend {
   virtual void withdraw(Trouble why, int culprit) = 0;
   virtual void close() = 0;  // the same, in peace
   virtual bool has_left(int p) const = 0;
+  // Of a rank that has left: the one that it blames for that, or itself.
+  virtual int first_cause(int p) const = 0;
   virtual std::string how_it_left(int p) const = 0;  // "was killed by SIGKILL (signal 9)"
 };
 

@@ -132,6 +132,7 @@ Communicator& PyCommunicator::live() const {
 PyWork::~PyWork() {
   if (!pending || harvested || !communicator || is_finalizing()) return;
   auto& comm = communicator.cast<PyCommunicator&>();
+  if (comm.c->forked()) return;
   if (!comm.c->test(*pending)) {  // dropped while it runs: the communicator keeps the arrays
     if (comm.c->closed()) return;
     comm.kept.push_back(arrays);

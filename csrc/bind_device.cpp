@@ -134,6 +134,8 @@ py::object current_stream_object(int device) {
   return py::handle(cupy.helpers).attr("current_stream")(device);
 }
 
+constexpr uintptr_t kPerThread = 2;  // cudaStreamPerThread; 0 and 1 are CUDA's own too
+
 void* pointer_of(const py::object& stream) {
   void* handle = PyLong_AsVoidPtr(py::object(stream.attr("ptr")).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
@@ -180,6 +182,11 @@ StreamChoice choose_stream(PyCommunicator& comm, PyObject* stream, int device) {
     if (choice.handle != comm.last_stream)
       comm.keep_stream(choice.handle, py::reinterpret_borrow<py::object>(stream));
   }
+  if (reinterpret_cast<uintptr_t>(choice.handle) == kPerThread)
+    usage(
+        "the per-thread default stream means another stream in NCCL's own threads; use a "
+        "cupy.cuda.Stream or the default stream (and leave CUPY_CUDA_PER_THREAD_DEFAULT_STREAM "
+        "unset)");
   comm.last_stream = choice.handle;
   return choice;
 }
@@ -190,7 +197,6 @@ void refuse_stream(PyObject* stream) {
 }
 
 void PyCommunicator::keep_stream(void* handle, py::object stream) {
-  constexpr uintptr_t kPerThread = 2;  // 0, 1 and 2 are CUDA's own
   if (reinterpret_cast<uintptr_t>(handle) <= kPerThread) return;
   for (auto& kept : streams)
     if (kept.first == handle) return;
@@ -206,6 +212,7 @@ void PyCommunicator::keep_stream(void* handle, py::object stream) {
 }
 
 void PyCommunicator::harvest() {
+  if (!c->poisoned().empty()) return;  // what was aborted may not have ended yet
   while (!lent.empty() && c->test(*lent.front().first)) lent.pop_front();
 }
 

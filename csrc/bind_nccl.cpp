@@ -1,4 +1,6 @@
 // NCCL and the CUDA driver as Python sees them: libraries, devices, settings, registered memory.
+#include <map>
+
 #include "bind_call.hpp"
 #include "bind_device.hpp"
 #include "device/driver.hpp"
@@ -112,12 +114,49 @@ auto timed(PyCommunicator& comm, const char* operation, const py::object& timeou
   }
 }
 
+// Memory of ncclMemAlloc, by where it begins. Under the GIL.
+std::map<uintptr_t, size_t>& allocated() {
+  static auto* const blocks = new std::map<uintptr_t, size_t>();
+  return *blocks;
+}
+
+bool is_allocated(const Array& a) {
+  const auto begin = reinterpret_cast<uintptr_t>(a.data);
+  auto it = allocated().upper_bound(begin);
+  if (it == allocated().begin()) return false;
+  --it;
+  return begin + static_cast<size_t>(a.bytes()) <= it->first + it->second;
+}
+
+// A window of other memory fails on one rank and leaves the others inside NCCL: all tell first.
+void check_windows(PyCommunicator& comm, const Array& a, double seconds, Hooks& hooks) {
+  Call call;
+  call.kind = CallKind::init;
+  call.site = site_of(comm.c->world());
+  const bool mine = is_allocated(a);
+  const std::vector<int64_t> all = comm.c->exchange({mine, a.bytes()}, call, seconds, hooks);
+  static_cast<GilHooks&>(hooks).restore();
+  for (size_t i = 0; i < all.size(); i += 2) {
+    const std::string who =
+        static_cast<int>(i / 2) == comm.c->rank() ? "" : " of rank " + std::to_string(i / 2);
+    if (!all[i])
+      usage("argument 'x'" + who +
+            " is not in memory of meshring.nccl.allocator(), which a window "
+            "needs; make it inside cupy.cuda.using_allocator(meshring.nccl.allocator())");
+    if (all[i + 1] != a.bytes())
+      usage("argument 'x'" + who + " has " + std::to_string(all[i + 1]) +
+            " bytes, and this rank's " + std::to_string(a.bytes()) +
+            "; a window has the same size on all ranks");
+  }
+}
+
 py::int_ register_buffer(PyCommunicator& comm, const py::object& x, bool window,
                          const py::object& timeout) {
   return timed(comm, "register", timeout, [&](double seconds, Hooks& hooks) {
-    const Array a = read_input(x.ptr(), "x");
+    const Array a = read_output(x.ptr(), "x");  // a copy would be registered otherwise
     if (a.device < 0) usage("argument 'x' is on the host; memory on a GPU is registered");
     comm.c->check_device(a.device);
+    if (window) check_windows(comm, a, seconds, hooks);
     WaitContext wait{Deadline(seconds), hooks};
     void* handle =
         comm.c->device().register_buffer(a.data, static_cast<size_t>(a.bytes()), window, wait);
@@ -189,12 +228,15 @@ void bind_nccl(py::module_& m) {
       "nccl_allocate",
       [](size_t bytes, int device) {
         const device::OnDevice here(device);
-        return reinterpret_cast<uintptr_t>(allocate(bytes));
+        const auto pointer = reinterpret_cast<uintptr_t>(allocate(bytes));
+        allocated()[pointer] = bytes;
+        return pointer;
       },
       py::arg("nbytes"), py::arg("device"));
   m.def(
       "nccl_free",
       [](uintptr_t pointer) {
+        allocated().erase(pointer);
         if (nccl::Nccl::get().mem_free)
           nccl::Nccl::get().mem_free(reinterpret_cast<void*>(pointer));
       },

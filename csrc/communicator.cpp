@@ -103,6 +103,7 @@ void Communicator::close(Hooks& hooks) {
 }
 
 void Communicator::abandon() {
+  if (!forked()) let_device_end();
   abort_.store(true);
   Hooks hooks;
   close(hooks);
@@ -113,9 +114,11 @@ void Communicator::give_up() {
   poison(Error(Trouble::interrupted, ""), "abort() was called on this rank");
 }
 
+bool Communicator::forked() const { return forks_ != forks.load(std::memory_order_relaxed); }
+
 void Communicator::check_mine() const {
   if (closed_) usage("this communicator is closed; make a new one");
-  if (forks_ != forks.load(std::memory_order_relaxed))
+  if (forked())
     usage(
         "this process is a fork of a rank, not a rank; start ranks with `meshring run`, and helper "
         "processes with multiprocessing's \"spawn\"");

@@ -57,6 +57,7 @@ class Communicator {
   double timeout() const { return timeout_; }
   void set_timeout(double seconds) { timeout_ = seconds; }
   bool closed() const { return closed_; }
+  bool forked() const;           // this process is a fork of the rank
   std::string poisoned() const;  // why, or ""
   const std::vector<int>& world_ranks() const { return world_ranks_; }
   World& world() const { return *world_; }
@@ -138,6 +139,7 @@ class Communicator {
   void device_finished(uint64_t record);
   [[noreturn]] void device_stuck();
   void close_device(Hooks& hooks);
+  void let_device_end();
   void wait_for_device(Pending& pending, double timeout, Hooks& hooks);
   Error completed(const Error& error, const Call& call, uint64_t seq, double limit) const;
 

@@ -13,7 +13,8 @@ namespace meshring {
 
 namespace {
 
-constexpr int kStuckExit = 70;  // EX_SOFTWARE
+constexpr int kStuckExit = 70;     // EX_SOFTWARE
+constexpr double kLastWords = 10;  // seconds
 
 }  // namespace
 
@@ -91,6 +92,7 @@ void Communicator::split_device(Communicator* part, int color, int key, double t
   Call call;
   call.kind = CallKind::split;
   try {
+    device_->synchronize(wait);  // NCCL splits no communicator that has work to do
     if (!part) {
       device_->split_nothing(wait);
       return;
@@ -179,9 +181,27 @@ void Communicator::wait_for_device(Pending& pending, double timeout, Hooks& hook
       throw;
     }
     if (error.trouble == Trouble::usage) throw;
+    if (error.trouble != Trouble::deadline && error.trouble != Trouble::interrupted)
+      fail(error, pending.call, pending.number, wait.deadline);
     Error late = error;
     late.text = not_done_text(pending, timeout);
     throw late;
+  }
+}
+
+// Of a communicator that is dropped and not closed: what runs may end first.
+void Communicator::let_device_end() {
+  if (!device_ || closed_ || is_poisoned_.load()) return;
+  Hooks hooks;
+  WaitContext wait{Deadline(std::min(timeout_, kLastWords)), hooks};
+  try {
+    device_->synchronize(wait);
+  } catch (const Error&) {
+    std::fprintf(
+        stderr,
+        "meshring: a communicator (rank %d/%d) was dropped while its calls ran on the GPU, "
+        "which are ended now; keep it, and close() it\n",
+        rank_, size());
   }
 }
 

@@ -92,6 +92,7 @@ void Communicator::shrink_device(Communicator* part, const std::vector<int>& exc
   }
   WaitContext wait{Deadline(timeout), hooks};
   try {
+    device_->synchronize(wait);
     auto made = part->new_device();
     made->shrink_from(*device_, excluded, part->choice_.config, wait);
     part->device_ = std::move(made);

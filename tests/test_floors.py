@@ -33,7 +33,7 @@ CPP = {
         "nccl/nccl",
         "nccl/ras",
     },
-    2: {"backend", "world", "nccl/watchdog"},
+    2: {"backend", "world", "nccl/watchdog", "nccl/lanes"},
     3: {
         "host/region",
         "host/host_backend",

@@ -154,14 +154,21 @@ void Marker::record(Stream stream) {
   driver.check(driver.event_record(event_, stream), "cuEventRecord");
 }
 
-bool Marker::reached() const { return !event_ || Driver::get().event_query(event_) != kNotReady; }
+bool Marker::reached() const {
+  if (!event_) return true;
+  const Driver& driver = Driver::get();
+  const Result result = driver.event_query(event_);
+  if (result != kSuccess && result != kNotReady && result != kCapturedEvent)
+    driver.fail(result, "cuEventQuery, after GPU work that failed");
+  return result != kNotReady;
+}
 
 Scratch::Scratch(int device, Stream stream, size_t bytes) : stream_(stream) {
   const Driver& driver = Driver::get();
   if (bytes == 0) return;
   const Result result = driver.allocate(&pointer_, bytes, driver.pool(device), stream);
   if (result != kSuccess)
-    throw Error(Trouble::usage,
+    throw Error(Trouble::backend,
                 "no memory on the GPU for " + std::to_string(bytes) +
                     " bytes of packed blocks (cuMemAllocFromPoolAsync: " + driver.text_of(result) +
                     "); free some, for example with "

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "driver_api.hpp"
 #include "error.hpp"
@@ -77,9 +78,13 @@ class Marker {
   Marker() = default;
   ~Marker();
   Marker(Marker&& other) noexcept : event_(other.event_) { other.event_ = nullptr; }
-  Marker& operator=(Marker&&) = delete;
+  Marker& operator=(Marker&& other) noexcept {
+    std::swap(event_, other.event_);
+    return *this;
+  }
   void record(Stream stream);  // the device must be current
-  bool reached() const;        // true too when it cannot be told any more (a captured stream)
+  // True too when it cannot be told (a captured stream). Throws Error(backend): the GPU failed.
+  bool reached() const;
   Event get() const { return event_; }
 
  private:

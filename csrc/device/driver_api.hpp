@@ -17,6 +17,8 @@ using Pool = void*;
 using Pointer = unsigned long long;  // CUdeviceptr
 
 inline constexpr Result kSuccess = 0;
+inline constexpr Result kCaptureImplicit = 906;  // CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+inline constexpr Result kCapturedEvent = 907;    // CUDA_ERROR_CAPTURED_EVENT
 inline constexpr Result kNotReady = 600;         // CUDA_ERROR_NOT_READY
 inline constexpr unsigned kEventNoTiming = 2;    // CU_EVENT_DISABLE_TIMING
 inline constexpr int kCaptureRelaxed = 2;        // CU_STREAM_CAPTURE_MODE_RELAXED

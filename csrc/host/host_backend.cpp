@@ -151,6 +151,12 @@ bool HostBackend::has_left(int p) const {
          world_->is_gone(world_ranks_[static_cast<size_t>(p)]);
 }
 
+int HostBackend::first_cause(int p) const {
+  const uint32_t why = region_.control(p).withdrawn.load(std::memory_order_seq_cst);
+  const int culprit = region_.control(p).culprit.load();
+  return why == left_because(Trouble::peer_lost) && culprit >= 0 && culprit != me_ ? culprit : p;
+}
+
 std::string HostBackend::how_it_left(int p) const {
   const uint32_t why = region_.control(p).withdrawn.load(std::memory_order_seq_cst);
   const int world_rank = world_ranks_[static_cast<size_t>(p)];

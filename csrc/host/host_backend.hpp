@@ -35,6 +35,7 @@ class HostBackend final : public Backend {
   void withdraw(Trouble why, int culprit) override;
   void close() override;
   bool has_left(int p) const override;
+  int first_cause(int p) const override;
   std::string how_it_left(int p) const override;
 
  private:

@@ -165,11 +165,6 @@ device::Scratch Enqueue::scratch(const Call& call, int64_t bytes) {
 }
 
 void Enqueue::go(const Call* calls, size_t count) {
-  if (count == 1 && calls[0].kind == CallKind::all_reduce) {
-    reduction(calls[0]);  // needs no memory and so no current device
-    return;
-  }
-  const device::OnDevice here(b_.device_);
   if (count == 1) {
     one(calls[0]);
     return;

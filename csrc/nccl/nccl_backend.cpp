@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <thread>
 
 #include "../board.hpp"
 #include "enqueue.hpp"
@@ -14,7 +15,8 @@ namespace {
 constexpr int64_t kSecond = 1000000000;
 constexpr int64_t kPeerGrace = kSecond / 2;  // what a peer that left has enqueued may yet end well
 constexpr int64_t kStuckAfter = 5 * kSecond;
-constexpr double kFarAway = 1e9;  // seconds; stands for ever
+constexpr double kFarAway = 1e9;   // seconds; stands for ever
+constexpr double kLongAbort = 10;  // seconds
 
 int64_t now_ns() { return coarse_now_ns(); }
 
@@ -54,28 +56,30 @@ class DeviceTransfer final : public Transfer {
   }
   bool done() const override {
     if (health_->failed.load(std::memory_order_acquire)) return true;
-    const device::OnDevice here(call_.device);
-    const device::RelaxedCapture relaxed;
-    return marker_.reached();
+    try {
+      const device::OnDevice here(call_.device);
+      const device::RelaxedCapture relaxed;
+      return marker_.reached();
+    } catch (const Error& error) {
+      own_.fail(error);
+      return true;
+    }
   }
   std::optional<Error> error() const override {
-    if (!health_->failed.load(std::memory_order_acquire)) return std::nullopt;
-    return health_->get();
+    for (Health* health : {health_.get(), &own_})
+      if (health->failed.load(std::memory_order_acquire)) return health->get();
+    return std::nullopt;
   }
   const Call& call() const override { return call_; }
 
  private:
   Call call_;
   std::shared_ptr<Health> health_;
+  mutable Health own_;  // the GPU failed where NCCL did not see it
   device::Marker marker_;
 };
 
 }  // namespace
-
-uint64_t NcclBackend::Lane::oldest() const {
-  const uint64_t kept_from = enqueued > kKept ? enqueued - kKept : 0;
-  return records[std::max(done, kept_from) % kKept];
-}
 
 NcclBackend::NcclBackend(Backend& host, int rank, int size, int device, Listener listener)
     : host_(host),
@@ -85,15 +89,12 @@ NcclBackend::NcclBackend(Backend& host, int rank, int size, int device, Listener
       device_(device),
       listener_(std::move(listener)),
       health_(std::make_shared<Health>()),
-      turn_(turn_of(device)) {}
+      turn_(turn_of(device)),
+      lanes_(listener_.finished) {}
 
 NcclBackend::~NcclBackend() {
   unwatch(this);
-  if (!handle_) return;
-  for (int round = 0; !turn_.try_lock(); ++round) wait_a_moment(round);
-  const std::lock_guard<TryLock> guard(turn_, std::adopt_lock);
-  const device::OnDevice here(device_);
-  nccl_.abort(handle_);
+  if (handle_) abort_later(handle_);
 }
 
 // ---- entering NCCL --------------------------------------------------------------------------
@@ -129,13 +130,11 @@ void NcclBackend::check(Result result, const char* function, WaitContext& wait) 
     settle(handle_, function, wait);
     return;
   }
-  Error error = nccl_.error(result, function, handle_);
-  if (result == Result::invalid_argument) error.trouble = Trouble::usage;  // nothing was enqueued
-  throw error;
+  throw nccl_.error(result, function, handle_);
 }
 
 // Polls until NCCL has done what it was asked for.
-void NcclBackend::settle(Handle handle, const char* function, WaitContext& wait) {
+void NcclBackend::settle(Handle handle, const char* function, WaitContext& wait, bool with_peers) {
   wait.hooks.release();
   for (int round = 0;; ++round) {
     Result state = Result::success;
@@ -148,8 +147,9 @@ void NcclBackend::settle(Handle handle, const char* function, WaitContext& wait)
       throw Error(Trouble::deadline, std::string(function) + " did not end");
     if (round % 64 == 63) {
       if (wait.hooks.interrupted()) throw Error(Trouble::interrupted, "interrupted");
-      for (int p = 0; p < size_; ++p)
-        if (p != rank_ && host_.has_left(p)) throw Error(Trouble::peer_lost, "", {p});
+      for (int p = 0; with_peers && p < size_; ++p)
+        if (p != rank_ && host_.has_left(p))
+          throw Error(Trouble::peer_lost, "", {host_.first_cause(p)});
     }
     wait_a_moment(round);
   }
@@ -164,7 +164,7 @@ void NcclBackend::made(const char* function, WaitContext& wait) {
     settle(handle_, function, wait);
     kernels_ = &device::Kernels::of(device_);  // not later: loading would break a capture
   } catch (const Error&) {
-    if (handle_) nccl_.abort(handle_);
+    if (handle_) abort_later(handle_);
     handle_ = nullptr;
     throw;
   }
@@ -185,67 +185,118 @@ void NcclBackend::join(const UniqueId& id, Config config, WaitContext& wait) {
   made("ncclCommInitRankConfig", wait);
 }
 
+// Of a parent. Splitting and shrinking say "success" or "in progress" while they go on; the child's
+// handle is written at their end. So a parent that does not settle is aborted here and now: NCCL
+// must not write into a child that is gone.
+void NcclBackend::begot(Result result, const char* function, WaitContext& wait) {
+  if (result != Result::success && result != Result::in_progress)
+    throw nccl_.error(result, function, handle_);
+  try {
+    settle(handle_, function, wait);
+  } catch (const Error&) {
+    const Handle handle = handle_;
+    handle_ = nullptr;
+    nccl_.abort(handle);
+    throw;
+  }
+}
+
 void NcclBackend::split_from(NcclBackend& parent, int color, int key, Config config,
                              WaitContext& wait) {
-  parent.check_alive();
   const Turn turn(parent, wait);
+  parent.check_alive();
   const device::OnDevice here(device_);
   wait.hooks.release();
   config.blocking = 0;
-  parent.check(nccl_.split(parent.handle_, color, key, &handle_, &config), "ncclCommSplit", wait);
+  parent.begot(nccl_.split(parent.handle_, color, key, &handle_, &config), "ncclCommSplit", wait);
   made("ncclCommSplit", wait);
 }
 
 void NcclBackend::split_nothing(WaitContext& wait) {
-  check_alive();
   const Turn turn(*this, wait);
+  check_alive();
   const device::OnDevice here(device_);
   wait.hooks.release();
   Handle none = nullptr;
-  check(nccl_.split(handle_, kNoColor, 0, &none, nullptr), "ncclCommSplit", wait);
+  begot(nccl_.split(handle_, kNoColor, 0, &none, nullptr), "ncclCommSplit", wait);
 }
 
 void NcclBackend::shrink_from(NcclBackend& parent, const std::vector<int>& excluded, Config config,
                               WaitContext& wait) {
-  if (!nccl_.shrink)
-    usage("ncclCommShrink needs NCCL 2.27.3 or newer; this is " + nccl_.identity());
   const Turn turn(parent, wait);
+  parent.check_alive();
   const device::OnDevice here(device_);
   wait.hooks.release();
   config.blocking = 0;
   std::vector<int> out = excluded;
-  const int flags = parent.health_->failed.load() ? kShrinkAbort : kShrinkDefault;
-  parent.check(nccl_.shrink(parent.handle_, out.data(), static_cast<int>(out.size()), &handle_,
-                            &config, flags),
+  parent.begot(nccl_.shrink(parent.handle_, out.data(), static_cast<int>(out.size()), &handle_,
+                            &config, kShrinkDefault),
                "ncclCommShrink", wait);
   made("ncclCommShrink", wait);
 }
 
-void NcclBackend::close(WaitContext& wait) {
-  unwatch(this);
-  if (!handle_) return;
-  std::optional<Error> trouble;
-  try {
-    const Turn turn(*this, wait);
-    const device::OnDevice here(device_);
-    wait.hooks.release();
-    // The watchdog may have aborted while we waited for the turn.
-    if (!handle_) return;
+void NcclBackend::abort_later(Handle handle) {
+  aborting_->fetch_add(1);
+  std::thread([&nccl = nccl_, handle, device = device_, left = aborting_] {
     try {
-      if (health_->failed.load() || give_up_.load()) throw Error(Trouble::backend, "given up");
-      check(nccl_.finalize(handle_), "ncclCommFinalize", wait);
-      const Result result = nccl_.destroy(handle_);
-      if (result != Result::success && result != Result::in_progress)
-        trouble = nccl_.error(result, "ncclCommDestroy", nullptr);
-    } catch (const Error&) {
-      nccl_.abort(handle_);
+      const device::OnDevice here(device);
+      const device::RelaxedCapture relaxed;
+      nccl.abort(handle);
+    } catch (const Error&) {  // the driver has gone, and the communicator with it
     }
-    handle_ = nullptr;
-    lanes_.clear();
-  } catch (const Error& error) {
-    trouble = error;
+    left->fetch_sub(1);
+  }).detach();
+}
+
+void NcclBackend::join_aborts(WaitContext& wait) {
+  Deadline enough(std::min(wait.deadline.limit(), kLongAbort));
+  for (int round = 0; aborting_->load() > 0; ++round) {
+    if (enough.passed())
+      throw Error(Trouble::deadline,
+                  "NCCL has not ended its communicator yet, since earlier work on its streams has "
+                  "not ended");
+    wait_a_moment(round);
   }
-  if (trouble) throw *trouble;
+}
+
+void NcclBackend::close(WaitContext& wait) {
+  try {
+    if (!health_->failed.load() && !give_up_.load() && handle_) synchronize(wait);
+  } catch (const Error&) {
+    give_up_.store(true);
+  }
+  unwatch(this);
+  if (handle_) finish(wait);
+  {
+    const device::OnDevice here(device_);
+    lanes_.clear();
+  }
+  join_aborts(wait);
+}
+
+// In peace where that is possible, else by an abort.
+void NcclBackend::finish(WaitContext& wait) {
+  const Turn turn(*this, wait);
+  const device::OnDevice here(device_);
+  wait.hooks.release();
+  const Handle handle = handle_;
+  handle_ = nullptr;
+  // While a CUDA graph with our calls lives, NCCL waits for its end, in an abort too.
+  WaitContext briefly{Deadline(std::min(wait.deadline.limit(), kLongAbort)), wait.hooks};
+  try {
+    if (health_->failed.load() || give_up_.load()) throw Error(Trouble::backend, "given up");
+    const Result result = nccl_.finalize(handle);
+    if (result != Result::success && result != Result::in_progress)
+      throw nccl_.error(result, "ncclCommFinalize", handle);
+    settle(handle, "ncclCommFinalize", captured_ ? briefly : wait, false);
+    nccl_.destroy(handle);
+  } catch (const Error&) {
+    abort_later(handle);
+    if (captured_)
+      throw Error(
+          Trouble::backend,
+          "a CUDA graph with calls of this communicator is alive; delete it before close()");
+  }
 }
 
 void NcclBackend::give_up() { give_up_.store(true); }
@@ -257,21 +308,10 @@ void NcclBackend::enqueue(const Call* calls, size_t count, uint64_t record, Wait
   wait.hooks.release();
   const Turn turn(*this, wait);
   check_alive();
+  const device::OnDevice here(device_);
   Enqueue(*this, wait).go(calls, count);
-  for (size_t i = 0; i < count; ++i) note(calls[i].stream, record + i, turn.expires);
-}
-
-void NcclBackend::note(Stream stream, uint64_t record, int64_t expires) {
-  Lane* lane = nullptr;
-  for (Lane& l : lanes_)
-    if (l.stream == stream) lane = &l;
-  if (!lane) {
-    const auto free = std::find_if(lanes_.begin(), lanes_.end(), [](Lane& l) { return l.idle(); });
-    lane = free != lanes_.end() ? &*free : &lanes_.emplace_back();
-    lane->stream = stream;
-  }
-  lane->records[lane->enqueued++ % Lane::kKept] = record;
-  lane->fresh_expires = std::min(lane->fresh_expires, expires);
+  for (size_t i = 0; i < count; ++i)
+    if (!lanes_.note(calls[i].stream, record + i, turn.expires)) captured_ = true;
 }
 
 std::shared_ptr<Transfer> NcclBackend::mark(const Call& call) {
@@ -280,28 +320,21 @@ std::shared_ptr<Transfer> NcclBackend::mark(const Call& call) {
 
 void NcclBackend::synchronize(WaitContext& wait) {
   check_alive();
+  wait.hooks.release();
   std::vector<std::shared_ptr<Transfer>> ends;
-  std::vector<uint64_t> reached;
   {
     const Turn turn(*this, wait);
-    for (const Lane& lane : lanes_) {
-      if (lane.idle()) continue;
+    for (Stream stream : lanes_.busy_streams()) {
       Call call;
       call.device = static_cast<int16_t>(device_);
-      call.stream = lane.stream;
+      call.stream = stream;
       ends.push_back(mark(call));
-      reached.push_back(lane.enqueued);
     }
   }
-  wait.hooks.release();
   for (const auto& end : ends) wait_for(*end, wait);
   const Turn turn(*this, wait);
-  for (Lane& lane : lanes_) {
-    const auto it = std::find_if(ends.begin(), ends.end(), [&](const auto& end) {
-      return end->call().stream == lane.stream;
-    });
-    if (it != ends.end()) finish(lane, reached[static_cast<size_t>(it - ends.begin())]);
-  }
+  const device::OnDevice here(device_);
+  lanes_.advance();
 }
 
 void NcclBackend::wait_for(Transfer& transfer, WaitContext& wait) {
@@ -334,33 +367,38 @@ void NcclBackend::ask_nccl(WaitContext& wait) {
 }
 
 void* NcclBackend::register_buffer(void* data, size_t bytes, bool window, WaitContext& wait) {
-  check_alive();
   if (window ? !nccl_.register_window : !nccl_.register_buffer)
     usage(std::string(window ? "window registration needs NCCL 2.27.3"
                              : "buffer registration needs NCCL 2.19.1") +
           " or newer; this is " + nccl_.identity());
   const Turn turn(*this, wait);
+  check_alive();
   const device::OnDevice here(device_);
   wait.hooks.release();
-  void* out = nullptr;
-  if (window) {
-    const Result result = nccl_.register_window(handle_, data, bytes, &out, kWindowSymmetric);
-    if (result == Result::invalid_argument)
-      usage(nccl_.error(result, "ncclCommWindowRegister", handle_).text +
-            ". A window needs memory of meshring.nccl.allocator()");
-    check(result, "ncclCommWindowRegister", wait);
-  } else
+  if (!window) {
+    void* out = nullptr;
     check(nccl_.register_buffer(handle_, data, bytes, &out), "ncclCommRegister", wait);
-  return out;
+    return out;
+  }
+  // NCCL says "success" while it goes on, and writes the window at the end: then it must be there.
+  auto out = std::make_unique<void*>(nullptr);
+  try {
+    begot(nccl_.register_window(handle_, data, bytes, out.get(), kWindowSymmetric),
+          "ncclCommWindowRegister", wait);
+  } catch (const Error&) {
+    static_cast<void>(out.release());
+    throw;
+  }
+  return *out;
 }
 
 void NcclBackend::deregister_buffer(void* handle, bool window, WaitContext& wait) {
-  if (!handle_ || health_->failed.load()) return;  // gone with the communicator
   const Turn turn(*this, wait);
+  if (!handle_ || health_->failed.load()) return;  // gone with the communicator
   const device::OnDevice here(device_);
   wait.hooks.release();
   if (window)
-    check(nccl_.deregister_window(handle_, handle), "ncclCommWindowDeregister", wait);
+    begot(nccl_.deregister_window(handle_, handle), "ncclCommWindowDeregister", wait);
   else
     check(nccl_.deregister_buffer(handle_, handle), "ncclCommDeregister", wait);
 }
@@ -386,47 +424,13 @@ void NcclBackend::look() {
   }
 }
 
-// The stream has come to the end of its first `upto` calls.
-void NcclBackend::finish(Lane& lane, uint64_t upto) {
-  const uint64_t kept_from = lane.enqueued > Lane::kKept ? lane.enqueued - Lane::kKept : 0;
-  for (uint64_t i = std::max(lane.done, kept_from); i < upto; ++i)
-    listener_.finished(lane.records[i % Lane::kKept]);
-  lane.done = std::max(lane.done, upto);
-  if (lane.idle()) lane.fresh_expires = INT64_MAX;
-}
-
-void NcclBackend::advance(Lane& lane) {
-  if (lane.marked && lane.marker.reached()) {
-    finish(lane, lane.covered);
-    lane.marked = false;
-    lane.marked_expires = INT64_MAX;
-  }
-  if (lane.marked || lane.done == lane.enqueued) return;
-  int capturing = 0;
-  if (device::Driver::get().stream_capturing(lane.stream, &capturing) == device::kSuccess &&
-      capturing) {
-    lane.done = lane.covered = lane.enqueued;  // into a graph: its replays are not ours to watch
-    lane.fresh_expires = INT64_MAX;
-    return;
-  }
-  lane.marker.record(lane.stream);
-  lane.marked = true;
-  lane.covered = lane.enqueued;
-  lane.marked_expires = lane.fresh_expires;
-  lane.fresh_expires = INT64_MAX;
-}
-
-bool NcclBackend::busy() const {
-  return std::any_of(lanes_.begin(), lanes_.end(), [](const Lane& l) { return !l.idle(); });
-}
-
 std::optional<Error> NcclBackend::diagnose(int64_t now) {
   if (give_up_.load()) return Error(Trouble::backend, "given up");
   Result state = Result::success;
   const Result asked = nccl_.async_error(handle_, &state);
   if (asked != Result::success) return nccl_.error(asked, "ncclCommGetAsyncError", handle_);
   const bool failed = state != Result::success && state != Result::in_progress;
-  const std::optional<int> lost = lost_peer(failed || busy(), now);
+  const std::optional<int> lost = lost_peer(failed || lanes_.busy(), now);
   if (lost && (failed || now - peer_left_since_ > kPeerGrace))
     return Error(Trouble::peer_lost, "", {*lost});
   if (failed) {
@@ -435,10 +439,8 @@ std::optional<Error> NcclBackend::diagnose(int64_t now) {
     if (state == Result::remote_error && now - failed_since_ < kPeerGrace) return std::nullopt;
     return nccl_.error(state, "ncclCommGetAsyncError", handle_);
   }
-  for (Lane& lane : lanes_) advance(lane);
-  for (const Lane& lane : lanes_)
-    if (now > std::min(lane.marked_expires, lane.fresh_expires))
-      return Error(Trouble::deadline, ras_report(nccl_.version()));
+  lanes_.advance();
+  if (lanes_.expired(now)) return Error(Trouble::deadline, ras_report(nccl_.version()));
   return std::nullopt;
 }
 
@@ -446,21 +448,18 @@ std::optional<int> NcclBackend::lost_peer(bool matters, int64_t now) {
   for (int p = 0; matters && p < size_; ++p) {
     if (p == rank_ || !host_.has_left(p)) continue;
     if (peer_left_since_ == 0) peer_left_since_ = now;
-    return p;
+    return host_.first_cause(p);
   }
   peer_left_since_ = 0;
   return std::nullopt;
 }
 
 void NcclBackend::abort(const Error& error) {
-  uint64_t record = 0;
-  for (const Lane& lane : lanes_)
-    if (!lane.idle() && (record == 0 || lane.oldest() < record)) record = lane.oldest();
   const Handle handle = handle_;
   handle_ = nullptr;
-  listener_.trouble(error, record);  // first: it reads the board as it is now
-  nccl_.abort(handle);
-  for (Lane& lane : lanes_) lane.done = lane.covered = lane.enqueued;
+  listener_.trouble(error, lanes_.oldest());  // first: it reads the board as it is now
+  abort_later(handle);
+  lanes_.clear();
 }
 
 }  // namespace meshring::nccl

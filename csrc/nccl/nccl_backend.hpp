@@ -6,7 +6,6 @@
 // never waits for the turn: where it cannot have it, it asks the thread inside to abort.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -18,6 +17,7 @@
 #include "../backend.hpp"
 #include "../device/driver.hpp"
 #include "../device/kernels.hpp"
+#include "lanes.hpp"
 #include "nccl.hpp"
 #include "watchdog.hpp"
 
@@ -85,24 +85,6 @@ class NcclBackend final : public DeviceBackend, public Watched {
  private:
   friend class Enqueue;
 
-  // What was enqueued on one stream. Calls behind the marker are `fresh`; the marker covers those
-  // before it.
-  struct Lane {
-    static constexpr size_t kKept = 32;
-    Stream stream = nullptr;
-    std::array<uint64_t, kKept> records{};
-    uint64_t enqueued = 0;
-    uint64_t covered = 0;  // by the marker
-    uint64_t done = 0;
-    int64_t fresh_expires = INT64_MAX;
-    int64_t marked_expires = INT64_MAX;
-    bool marked = false;
-    device::Marker marker;
-
-    bool idle() const { return done == enqueued; }
-    uint64_t oldest() const;
-  };
-
   // The right to enter NCCL on this device, for one thread, with its deadline.
   class Turn {
    public:
@@ -118,17 +100,17 @@ class NcclBackend final : public DeviceBackend, public Watched {
   };
 
   void check(Result result, const char* function, WaitContext& wait);
-  void settle(Handle handle, const char* function, WaitContext& wait);
+  void settle(Handle handle, const char* function, WaitContext& wait, bool with_peers = true);
   void made(const char* function, WaitContext& wait);
+  void begot(Result result, const char* function, WaitContext& wait);
+  void finish(WaitContext& wait);
+  void abort_later(Handle handle);
+  void join_aborts(WaitContext& wait);
   void check_alive();
   void ask_nccl(WaitContext& wait);
-  void note(Stream stream, uint64_t record, int64_t expires);
-  void advance(Lane& lane);
-  void finish(Lane& lane, uint64_t upto);
   // What is wrong, if anything is, with what was enqueued. Under the turn.
   std::optional<Error> diagnose(int64_t now);
   void abort(const Error& error);  // under the turn
-  bool busy() const;
   // A peer that has left, where that matters.
   std::optional<int> lost_peer(bool matters, int64_t now);
 
@@ -142,7 +124,11 @@ class NcclBackend final : public DeviceBackend, public Watched {
   TryLock& turn_;
   Handle handle_ = nullptr;
   const device::Kernels* kernels_ = nullptr;  // of an open communicator
-  std::vector<Lane> lanes_;
+  Lanes lanes_;
+  bool captured_ = false;  // some calls are part of a CUDA graph
+  // NCCL waits inside ncclCommAbort for what the program has put on the streams before: each abort
+  // has a thread, which may live longer than this object.
+  std::shared_ptr<std::atomic<int>> aborting_ = std::make_shared<std::atomic<int>>(0);
   int64_t peer_left_since_ = 0;
   int64_t failed_since_ = 0;  // NCCL's own thread said so
   std::atomic<bool> give_up_{false};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import sys
 import threading
@@ -37,6 +38,8 @@ class Communicator(_core.Communicator):
             raise UsageError(
                 "Communicator: call meshring.init() to join a job, or comm.split() for a part"
             )
+        self._registered: set[nccl.Registration] = set()
+        self._number = next(_numbers)
         self._name = "world" if isinstance(source, _core.World) else "a split"
         self._parts: list[Communicator] = []  # of meshes: closed with this one
         self._adopted = False
@@ -115,7 +118,9 @@ class Communicator(_core.Communicator):
         ranks. Shapes: any, contiguous. Units: timeout in seconds. Errors: UsageError, BackendError.
         Source: ncclCommRegister (2.19.1), ncclCommWindowRegister (2.27.3).
         """
-        return nccl.Registration(self, x, window, self._register(x, window, timeout))
+        made = nccl.Registration(self, x, window, self._register(x, window, timeout))
+        self._registered.add(made)  # NCCL knows the address: x must live even if `made` is dropped
+        return made
 
     @property
     def device(self) -> int | None:
@@ -144,6 +149,7 @@ class Communicator(_core.Communicator):
             part.close()
         if not self.closed:
             self._close()
+        self._registered.clear()
         _open.discard(self)
 
     def __enter__(self) -> Communicator:
@@ -165,6 +171,7 @@ class Communicator(_core.Communicator):
         raise UsageError("a Communicator cannot be pickled; every rank makes its own, by init()")
 
 
+_numbers = itertools.count()  # in the order of making, which is the same on all ranks
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 _lock = threading.Lock()
 _world: Communicator | None = None
@@ -297,7 +304,11 @@ def _at_exit() -> None:
     """Say what was left open, and close it."""
     if _forked:
         return
-    left = [c for c in _open if not c.closed and c is not _world]
+    left = sorted(
+        (c for c in _open if not c.closed and c is not _world),
+        key=lambda c: c._number,
+        reverse=True,
+    )
     forgotten = [c for c in left if not c._adopted]
     if forgotten:
         names = ", ".join(repr(c) for c in forgotten)

@@ -24,6 +24,8 @@ def readiness(local_rank: int) -> dict[str, Any]:
     """
     if find_spec("cupy") is None:
         return {"why_off": f"CuPy is not installed; {INSTALL}"}
+    if os.environ.get("NCCL_COMM_BLOCKING", "0") != "0":
+        return {"why_off": "NCCL_COMM_BLOCKING is set, and then no call has a deadline; unset it"}
     try:
         devices = _core.cuda_devices()
         library = nccl.library()

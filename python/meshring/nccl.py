@@ -149,8 +149,8 @@ class Registration:
     Errors: none. Source: ncclCommRegister, ncclCommWindowRegister.
     """
 
-    def __init__(self, comm: _core.Communicator, x: Any, window: bool, handle: int) -> None:
-        self._comm: _core.Communicator | None = comm
+    def __init__(self, comm: Any, x: Any, window: bool, handle: int) -> None:
+        self._comm = comm
         self._array = x  # stays alive while NCCL knows its address
         self._window = window
         self._handle = handle
@@ -160,6 +160,7 @@ class Registration:
         comm, self._comm = self._comm, None
         if comm is not None and not comm.closed:
             comm._deregister(self._handle, self._window)
+            comm._registered.discard(self)
         self._array = None
 
     def __enter__(self) -> Registration:

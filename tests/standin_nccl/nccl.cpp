@@ -112,17 +112,22 @@ int polls_of(const Fault& fault) {
   return fault.kind == FaultKind::in_progress ? fault.value : number("STANDIN_POLLS", 1);
 }
 
-// A child is settled when its parent's call is.
+// A child is settled when its parent's call is. As in NCCL, a nonblocking call says "success" while
+// it goes on, and the child's handle is written at its end.
 Result settle_both(const CommPointer& parent, const CommPointer& child, Handle* made,
                    std::function<Result()> step, const Fault& fault) {
   const auto state = std::make_shared<Result>(Result::in_progress);
-  const auto whole = [state, step = std::move(step)] { return *state = step(); };
+  *made = nullptr;
+  const auto whole = [state, made, child, step = std::move(step)] {
+    *state = step();
+    if (*state == Result::success) *made = child.get();
+    return *state;
+  };
   const Result result = settle(parent, whole, polls_of(fault), child, [state] { return *state; });
   const bool given = result == Result::success || result == Result::in_progress;
-  *made = given ? child.get() : nullptr;
   if (child != nullptr && !given) forget(child);
-  if (given) settled(parent);
-  return result;
+  if (given && parent->blocking) settled(parent);
+  return given ? Result::success : result;
 }
 
 // The ranks of that color in the order of their keys; empty until all have said theirs.
