@@ -39,6 +39,20 @@ def install() -> Standin:
         def synchronize(self) -> None:
             fake.synchronize(self.ptr)
 
+        def record(self) -> Event:
+            return Event(self)
+
+        def wait_event(self, event: Event) -> None:
+            event.stream.synchronize()  # stricter in time than CuPy, the same in order
+
+    class Event:
+        def __init__(self, stream: Stream) -> None:
+            self.stream = stream
+
+    class Default(Stream):
+        def __init__(self) -> None:
+            self.ptr = 0
+
     def on_device(make: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **options: fake.to_device(make(*args, **options))
 
@@ -47,6 +61,7 @@ def install() -> Standin:
     cupy.asnumpy = fake.to_host
     cupy.cuda.Device = Device
     cupy.cuda.Stream = Stream
+    cupy.cuda.get_current_stream = Default
     return fake
 
 

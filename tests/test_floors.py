@@ -80,7 +80,7 @@ PYTHON = {
         "tensor",
         "storage",
     },
-    5.0: {"pipeline.action", "pipeline.engine"},
+    5.0: {"pipeline.action", "pipeline.engine", "pipeline.channels"},
     5.1: {"pipeline.operations", "pipeline.timeline_base"},
     5.15: {"pipeline.picture", "pipeline.trace", "pipeline.stage"},
     5.16: {"pipeline.picture_files", "pipeline.timeline_text"},

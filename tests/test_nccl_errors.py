@@ -443,3 +443,29 @@ def test_parts_of_a_communicator(tmp_path: Path) -> None:
             """,
         )
     )
+
+
+def test_what_nccl_s_own_service_says_is_added(tmp_path: Path) -> None:
+    out = well(
+        job(
+            tmp_path,
+            """
+            import socket, threading
+            server = socket.create_server(("127.0.0.1", 0))
+            os.environ["NCCL_RAS_ADDR"] = "127.0.0.1:%d" % server.getsockname()[1]
+            def serve():
+                talk, _ = server.accept()
+                with talk:
+                    assert talk.recv(100) == b"verbose status\\n"
+                    talk.sendall(b"Job summary: 1 rank is behind\\n")
+            threading.Thread(target=serve).start()
+            standin.faults("ncclAllReduce=stall")
+            comm.all_reduce(array(8), timeout=0.2)
+            raised(mr.DeadlineError, comm.synchronize)
+            server.close()
+            """,
+            1,
+        )
+    )
+    assert "NCCL's RAS service says:" in out
+    assert "Job summary: 1 rank is behind" in out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from meshring.communicator import Communicator
+from meshring.pipeline.channels import Channels
 from meshring.pipeline.program import Program
 from meshring.pipeline.stage import PipelineStage, spec_of
 
@@ -12,7 +12,7 @@ from meshring.pipeline.stage import PipelineStage, spec_of
 def sum_copies(
     schedule: Program,
     stages: dict[int, PipelineStage],
-    comm: Communicator,
+    channels: Channels,
     timeout: float | None,
 ) -> None:
     """Make each stage's gradients the sum over its two copies, on both their ranks. Collective.
@@ -26,7 +26,7 @@ def sum_copies(
         copy = (stage + count) % (2 * count)
         unit: Any = stages[stage]
         peer = schedule.placement[copy]
-        if peer == comm.rank:
+        if peer == channels.comm.rank:
             if stage < copy:
                 other: Any = stages[copy]
                 for mine, theirs in zip(unit.gradients(), other.gradients(), strict=True):
@@ -34,9 +34,9 @@ def sum_copies(
                     theirs[...] = mine
             continue
         for mine in unit.gradients():
-            sent.append(comm.isend(mine.copy(), peer))
+            sent.append(channels.send(mine.copy(), peer))
             buffer = spec_of(mine).arrays[0].empty()
-            waiting.append((mine, comm.irecv(buffer, peer)))
+            waiting.append((mine, channels.receive(buffer, peer)))
     for mine, work in waiting:
         mine += work.wait(timeout)
     for work in sent:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from meshring.communicator import Communicator
 from meshring.errors import UsageError
 from meshring.pipeline.action import OpKind
 from meshring.pipeline.agree import agree_on_arguments, agree_on_end, same_everywhere
+from meshring.pipeline.channels import Channels, Pair
 from meshring.pipeline.copies import sum_copies
 from meshring.pipeline.execute_rank import RankPlan, RankRun
 from meshring.pipeline.execute_record import gathered_timeline
@@ -103,6 +106,7 @@ class Pipeline:
         self._shapes = shapes
         self._closed: str | None = None
         self._own: Communicator | None = None
+        self._channels: Channels | None = None
         self._own_data: Communicator | None = None
         failure: Exception | None = None
         try:
@@ -122,9 +126,24 @@ class Pipeline:
         if data_parallel is not None:
             self._own_data = data_parallel.split(0, data_parallel.rank)
         assert self._own is not None
+        self._channels = Channels(self._own, self._pairs())
         self._links = Links(
-            self._own, self.schedule.placement, dynamic=dynamic_shapes, given=self._given
+            self._channels, self.schedule.placement, dynamic=dynamic_shapes, given=self._given
         )
+
+    def _pairs(self) -> set[Pair]:
+        """Which rank sends to which, anywhere in the pipeline."""
+        schedule, place = self.schedule, self.schedule.placement
+        pairs: set[Pair] = set()
+        for rank in range(schedule.num_ranks):
+            rows = schedule.rows[rank]
+            for kind in (OpKind.SEND_ACTIVATION, OpKind.SEND_GRADIENT):
+                peers = np.unique(rows["peer"][rows["kind"] == kind])
+                pairs |= {(rank, place[peer]) for peer in peers.tolist()}
+        if self._sums_copies:
+            half = schedule.num_stages
+            pairs |= {(place[s], place[(s + half) % (2 * half)]) for s in range(2 * half)}
+        return {(a, b) for a, b in pairs if a != b}
 
     @property
     def stages(self) -> dict[int, PipelineStage]:
@@ -257,7 +276,7 @@ class Pipeline:
         try:
             run.run()
             if run.reduce and self._sums_copies:
-                sum_copies(self.schedule, self._plan.stages, self._links.comm, timeout)
+                sum_copies(self.schedule, self._plan.stages, self._links.channels, timeout)
         except Exception as error:
             failure = error
         except BaseException:
@@ -278,6 +297,8 @@ class Pipeline:
 
     def _leave(self, why: str) -> None:
         self._closed = self._closed or why
+        if self._channels is not None:
+            self._channels.close(abort=bool(why))
         for comm in (self._own, self._own_data):
             if comm is not None:
                 comm.close()

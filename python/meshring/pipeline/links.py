@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from meshring.communicator import Communicator
 from meshring.errors import UsageError
+from meshring.pipeline.channels import Channels
 from meshring.pipeline.stage import (
     HEADER_LENGTH,
     Value,
@@ -50,13 +50,13 @@ class Links:
 
     def __init__(
         self,
-        comm: Communicator,
+        channels: Channels,
         placement: tuple[int, ...],
         *,
         dynamic: bool,
         given: Callable[[int, int], ValueSpec | None],
     ) -> None:
-        self.comm = comm
+        self.channels = channels
         self.placement = placement
         self.dynamic = dynamic
         self.given = given
@@ -91,7 +91,7 @@ class Links:
         if self.dynamic or (link not in self._announced and not self.given(link[0], link[2])):
             self._announced.add(link)
             for head in encode(self.specs[link]):
-                self._sends.append(self.comm.isend(head, peer))
+                self._sends.append(self.channels.send(head, peer))
         self._send(arrays_of(value), peer)
 
     def send_gradient(self, link: Link, arrays: Sequence[Any]) -> None:
@@ -100,7 +100,7 @@ class Links:
 
     def _send(self, arrays: Sequence[Any], peer: int) -> None:
         for array in arrays:
-            self._sends.append(self.comm.isend(array, peer))
+            self._sends.append(self.channels.send(array, peer))
         self._forget_finished()
 
     def _forget_finished(self) -> None:
@@ -143,12 +143,12 @@ class Links:
             if message.spec is None:
                 if message.head is None and not message.gradient:
                     head = np.empty(HEADER_LENGTH, np.int64)
-                    message.head = (self.comm.irecv(head, message.peer), head)
+                    message.head = (self.channels.receive(head, message.peer), head)
                 return
             for array in message.spec.arrays:
                 buffer = array.empty()
                 message.arrays.append(buffer)
-                message.works.append(self.comm.irecv(buffer, message.peer))
+                message.works.append(self.channels.receive(buffer, message.peer))
             message.posted = True
             queue.popleft()
 
@@ -176,5 +176,6 @@ class Links:
         if count < HEADER_LENGTH:
             numbers = head[1 : count + 1]
         else:
-            numbers = self.comm.irecv(np.empty(count, np.int64), message.peer).wait(self.timeout)
+            rest = np.empty(count, np.int64)
+            numbers = self.channels.receive(rest, message.peer).wait(self.timeout)
         message.spec = self.specs[message.link] = decode([int(n) for n in numbers])

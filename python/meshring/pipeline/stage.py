@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshring.errors import UsageError
+from meshring.pipeline.channels import is_on_gpu
 
 Value: TypeAlias = Any
 """One array, or a tuple of arrays."""
@@ -115,8 +116,7 @@ def _name_of(dtype: Any) -> str:
 
 
 def _spec_of_array(array: Any) -> ArraySpec:
-    device = type(array) is not np.ndarray and hasattr(array, "__cuda_array_interface__")
-    return ArraySpec(tuple(array.shape), _name_of(array.dtype), device)
+    return ArraySpec(tuple(array.shape), _name_of(array.dtype), is_on_gpu(array))
 
 
 def spec_of(value: Value) -> ValueSpec:
