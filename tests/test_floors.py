@@ -171,6 +171,14 @@ def test_python_imports_go_down() -> None:
                     assert floor_of[target] <= floor_of[name], f"{name} imports {target}"
 
 
+def test_ci_runs_what_the_light_run_skips() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        needs = re.findall(r"pip install (?!ml_dtypes)\S+", path.read_text())
+        if needs and path.name != Path(__file__).name:
+            assert f"tests/{path.name}" in ci, f"{path.name} skips without {needs}; name it there"
+
+
 def test_files_stay_small() -> None:
     for folder in ("csrc", "python", "tests", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*"):
